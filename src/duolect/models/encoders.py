@@ -1,0 +1,165 @@
+"""Speech encoders: log-mel features in, frames out, and never a result that depends on the padding of the batch."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder heard: frames [B, T, D], zero beyond lengths [B]."""
+
+    frames: Tensor
+    lengths: Tensor
+
+
+class Encoder(nn.Module, ABC):
+    """Features to frames. A padded batch gives what each utterance gives alone."""
+
+    dim: int
+    mels: int
+    seconds_per_frame: float
+    max_seconds: float
+
+    @abstractmethod
+    def forward(self, features: Tensor, lengths: Tensor) -> Encoded:
+        """Frames of features [B, F, mels], of which the first lengths[b] >= 1 are real in utterance b."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, object]:
+        """What config.json must hold to build the encoder again without its weights."""
+
+
+def frame_mask(lengths: Tensor, frames: int) -> Tensor:
+    """Bool [B, frames], true where a frame is real."""
+    return torch.arange(frames, device=lengths.device)[None] < lengths[:, None]
+
+
+@dataclass(frozen=True)
+class WhisperDims:
+    """The size of a Whisper encoder. merge_after: layers that run at 50 Hz before adjacent frames are merged to 25 Hz; None: all do."""
+
+    mels: int = 80
+    dim: int = 512
+    layers: int = 6
+    heads: int = 8
+    positions: int = 1500
+    merge_after: int | None = None
+
+
+class WhisperEncoder(Encoder):
+    """Whisper's encoder (arXiv 2212.04356) without its padding to 30 s.
+
+    Parameters carry the names of Hugging Face's WhisperEncoder. What Whisper gets from padding is replaced by masks: features and the first
+    convolution's output are zero beyond the length, padded frames are no keys of the attention.
+    """
+
+    def __init__(self, dims: WhisperDims) -> None:
+        super().__init__()
+        self.dims = dims
+        self.dim, self.mels, self.max_seconds = dims.dim, dims.mels, dims.positions * 0.02
+        self.seconds_per_frame = 0.02 if dims.merge_after is None else 0.04
+        self.conv1 = nn.Conv1d(dims.mels, dims.dim, 3, padding=1)
+        self.conv2 = nn.Conv1d(dims.dim, dims.dim, 3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(dims.positions, dims.dim)
+        self.embed_positions.requires_grad_(False)
+        self.layers = nn.ModuleList(_Layer(dims.dim, dims.heads) for _ in range(dims.layers))
+        self.merge = None if dims.merge_after is None else _mean_of_two(dims.dim)
+        self.layer_norm = nn.LayerNorm(dims.dim)
+
+    def forward(self, features: Tensor, lengths: Tensor) -> Encoded:
+        x = features * frame_mask(lengths, features.shape[1])[..., None]
+        x = F.gelu(self.conv1(x.transpose(1, 2))) * frame_mask(lengths, features.shape[1])[:, None]
+        x = F.gelu(self.conv2(x)).transpose(1, 2)
+        lengths = (lengths + 1) // 2
+        if x.shape[1] > self.dims.positions:
+            raise ValueError(f"{x.shape[1] * 0.02:.1f} s of audio > {self.max_seconds:.0f} s, which the encoder has positions for: cut it into windows")
+        x = x + self.embed_positions.weight[: x.shape[1]]
+        mask = frame_mask(lengths, x.shape[1])
+        for i, layer in enumerate(self.layers):
+            if self.merge is not None and i == self.dims.merge_after:
+                x, lengths = stack_frames(x, lengths, 2)
+                x, mask = self.merge(x), frame_mask(lengths, x.shape[1])
+            x = layer(x, mask[:, None, None])
+        return Encoded(self.layer_norm(x) * mask[..., None], lengths)
+
+    def settings(self) -> dict[str, object]:
+        return {"type": "whisper", **asdict(self.dims)}
+
+    @classmethod
+    def from_whisper(cls, folder: str | Path, *, merge_after: int | None = None) -> WhisperEncoder:
+        """The encoder of a Hugging Face Whisper folder (config.json, model.safetensors)."""
+        config = json.loads((Path(folder) / "config.json").read_text())
+        dims = WhisperDims(config["num_mel_bins"], config["d_model"], config["encoder_layers"], config["encoder_attention_heads"],
+                           config["max_source_positions"], merge_after)
+        encoder, prefix = cls(dims), "model.encoder."
+        with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+            weights = {name.removeprefix(prefix): file.get_tensor(name).float() for name in file.keys() if name.startswith(prefix)}
+        if encoder.merge is not None:
+            weights |= {f"merge.{name}": value for name, value in encoder.merge.state_dict().items()}
+        encoder.load_state_dict(weights)
+        return encoder
+
+
+def encoder_from_settings(settings: dict[str, object]) -> Encoder:
+    """The encoder, weights not set, that `settings()` described."""
+    settings = dict(settings)
+    kind = settings.pop("type", None)
+    if kind != "whisper":
+        raise ValueError(f"encoder type {kind!r} is unknown; known: whisper")
+    return WhisperEncoder(WhisperDims(**settings))  # pyright: ignore[reportArgumentType]
+
+
+def stack_frames(frames: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """([B, ceil(T / count), count * D], lengths): `count` frames side by side, zeros for those beyond the length."""
+    if count == 1:
+        return frames, lengths
+    frames = frames * frame_mask(lengths, frames.shape[1])[..., None]
+    frames = F.pad(frames, (0, 0, 0, -frames.shape[1] % count))
+    return frames.reshape(frames.shape[0], -1, count * frames.shape[2]), (lengths + count - 1) // count
+
+
+def _mean_of_two(dim: int) -> nn.Linear:
+    """[2 D] -> [D], at first the mean of the two frames, so that pretrained layers above still know what they see."""
+    merge = nn.Linear(2 * dim, dim)
+    with torch.no_grad():
+        merge.weight.copy_(torch.cat([torch.eye(dim), torch.eye(dim)], 1) / 2)
+        merge.bias.zero_()
+    return merge
+
+
+class _Layer(nn.Module):
+    """One pre-norm Transformer layer of Whisper."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.self_attn = _Attention(dim, heads)
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.final_layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class _Attention(nn.Module):
+    """Full self-attention; mask [B, 1, 1, T] is true at keys that exist."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))

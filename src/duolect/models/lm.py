@@ -1,0 +1,134 @@
+"""Any Hugging Face causal language model as a Scorer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from duolect.models.cache import NewNodes, Trie, node_cache
+from duolect.models.decoder import DecoderScorer, OutputLayer
+from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, VocabularyError, load_vocabulary
+
+
+class ModelError(ValueError):
+    """A model cannot serve as asked; the message says which, why, and what to do."""
+
+
+class HFCausalLM(DecoderScorer):
+    """log p(text labels) by a causal LM of transformers.
+
+    `prompt`: text in front of every history (context, instruction), conditioned on and not scored. Rows of the output matrix beyond the
+    vocabulary are left out of the softmax.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, *, prompt: str = "") -> None:
+        self.model = model.eval()
+        self.vocabulary = vocabulary
+        self.prompt = prompt
+        self.decoder: Any = model.base_model
+        self.output = _output_layer(model, vocabulary)
+        text_config: Any = model.config.get_text_config(decoder=True)
+        self._layers = int(text_config.num_hidden_layers)
+        # A sliding window would need masks by distance; histories of speech stay far below it, so that is where we stop.
+        limits = [getattr(text_config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        self._longest = min((x for x in limits if x), default=2**20)
+        _check(self)
+
+    @classmethod
+    def load(cls, name: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32", device: str = "cpu",
+             prompt: str = "", gguf_file: str | None = None) -> HFCausalLM:
+        """The scorer of a hub id, a folder (of transformers or of ours, with vocabulary.json), or a .gguf file."""
+        path = Path(name)
+        options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+        if path.suffix == ".gguf" and path.is_file():
+            path, options = path.parent, {"gguf_file": path.name}
+        source = str(path) if path.exists() else str(name)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa", **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{name} does not load as a causal language model: {str(error).strip().splitlines()[0]}") from error
+        if (path / VOCABULARY_FILE).is_file():
+            vocabulary = load_vocabulary(path)
+        else:
+            vocabulary = TokenizerVocabulary.load(source, **_start_and_end(model.config), **options)
+        return cls(model.to(device), vocabulary, prompt=prompt)
+
+    def _begin(self, rows: int) -> Trie:
+        weight = self.output.weight
+        return Trie.empty(rows, width=weight.shape[1], cache=node_cache(self._layers), device=weight.device, dtype=weight.dtype)
+
+    def _prompt(self) -> list[int]:
+        return [self.vocabulary.bos, *(self.vocabulary.encode(self.prompt) if self.prompt else [])]
+
+    def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
+        if int(new.positions.max()) >= self._longest:
+            raise ModelError(
+                f"a history of {int(new.positions.max()) + 1} labels is longer than the {self._longest} positions that the language model "
+                "attends to: split the audio into shorter segments"
+            )
+        mask = attention_mask(new, self.output.weight.dtype)
+        out = self.decoder(input_ids=new.labels, attention_mask=mask, position_ids=new.positions, past_key_values=trie.cache, use_cache=True)
+        return out.last_hidden_state
+
+
+def attention_mask(new: NewNodes, dtype: torch.dtype) -> Tensor:
+    """[G, 1, n, N + n] additive mask: 0 where visible, the least finite value elsewhere."""
+    return torch.where(new.visible[:, None], 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def _output_layer(model: PreTrainedModel, vocabulary: Vocabulary) -> OutputLayer:
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output embeddings: it is not a language model")
+    rows = head.weight.shape[0]
+    if vocabulary.size > rows:
+        raise VocabularyError(
+            f"the tokenizer has {vocabulary.size} labels, the output matrix of {type(model).__name__} only {rows} rows: "
+            "tokenizer and model do not belong together"
+        )
+    config = model.config
+    scale = 1.0 / getattr(config, "logits_scaling", 1.0) * (getattr(config, "logit_scale", None) or 1.0)
+    bias = getattr(head, "bias", None)
+    weight = head.weight.detach()[: vocabulary.size]
+    return OutputLayer(weight, None if bias is None else bias.detach()[: vocabulary.size], scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _start_and_end(config: Any) -> dict[str, int | None]:
+    """bos and eos by the model's own config; a model without a bos (Qwen) starts from its end-of-text label (paper.md 6.22)."""
+    def one(x: Any) -> int | None:
+        return x[0] if isinstance(x, list) else x
+
+    return {"bos": one(config.bos_token_id), "eos": one(config.eos_token_id)}
+
+
+@torch.inference_mode()
+def _check(scorer: HFCausalLM) -> None:
+    # Decoders differ in what they do behind their last hidden state and in whether they honour a 4D mask; three labels tell.
+    vocabulary = scorer.vocabulary
+    probe = [vocabulary.bos, min(vocabulary.size - 1, 5), min(vocabulary.size - 1, 7)]
+    device = scorer.output.weight.device
+    model: Any = scorer.model
+    ids = torch.tensor([probe], device=device)
+    wanted = model(input_ids=ids).logits[0, :, : vocabulary.size].float().log_softmax(-1)
+    prompt, scorer.prompt = scorer.prompt, ""
+    try:
+        state = scorer.start(1)
+        for step in (1, 2):
+            _, state = scorer.advance(state, ids[:, step : step + 1], torch.ones(1, dtype=torch.long, device=device))
+    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
+        raise ModelError(f"{type(model).__name__} cannot be scored through a cache of explicit positions and masks: {error}") from error
+    finally:
+        scorer.prompt = prompt
+    got = scorer.log_probs(state)[0]
+    tolerance = 2e-3 if scorer.output.weight.dtype == torch.float32 else 0.5
+    if not torch.allclose(got, wanted[-1], atol=tolerance, rtol=1e-3):
+        raise ModelError(
+            f"{type(model).__name__}: step-by-step log-probabilities differ from its full forward by {float((got - wanted[-1]).abs().max()):.3g}; "
+            "its attention or its output layer does something this scorer does not know"
+        )
+
+

@@ -1,0 +1,191 @@
+"""Label-synchronous beam search: every hypothesis grows by one label a step. Greedy search is beam 1.
+
+Legend: B utterances, K hypotheses each, R rows = B*K, V labels, L longest history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from duolect.scorer import Hypothesis
+from duolect.search.fusion import Fused, Pending, SearchError, weighted
+from duolect.vocabulary import Vocabulary
+
+NEG = float("-inf")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A fused scorer and what it said: its state has one row per hypothesis, in order."""
+
+    fused: Fused
+    state: Any
+    score: Tensor  # [B, K] unscaled log p of the labels consumed
+    seen: Tensor  # [B, K] how many
+
+
+@dataclass(frozen=True)
+class Beam:
+    """The hypotheses after some step. An ended one keeps its slot and costs nothing more."""
+
+    score: Tensor  # [B, K] scaled sum of what entered so far
+    history: Tensor  # [B, K, L]
+    length: Tensor  # [B, K] labels, eos not counted
+    ended: Tensor  # [B, K] bool
+
+    def rank(self, exponent: float, step: int) -> Tensor:
+        """[B, K] score / length^exponent; an ended hypothesis counts its eos, as the ones still growing count this step's label."""
+        n = torch.where(self.ended, self.length + 1, step).clamp(min=1)
+        return self.score / n.double().pow(exponent).to(self.score.dtype)
+
+
+def label_beam_search(fused: Mapping[str, Fused], utterances: int, *, beam: int, max_labels: int | Tensor, length_exponent: float = 0.0,
+                      stop: Literal["best", "all"] = "best", vocabulary: Vocabulary | None = None) -> list[list[Hypothesis]]:
+    """Up to `beam` finished hypotheses per utterance, best first, by (sum_i scale_i * log p_i) / (labels incl. eos)^length_exponent.
+
+    Scorers whose schedule looks ahead propose labels; the others are asked when their schedule says so. `vocabulary`: the search's,
+    else that of the first scorer. max_labels (int or [B]): a hypothesis of that many labels can only end. stop: `best` ends an
+    utterance once nothing still growing can overtake its best finished hypothesis, `all` once the whole beam has ended.
+    """
+    first = next(iter(fused.values()), None)
+    vocabulary = vocabulary or (first.scorer.vocabulary if first else None)
+    if vocabulary is None or not any(f.when.lookahead and f.scale != 0 for f in fused.values()):
+        raise SearchError("a label-synchronous search needs a scorer that proposes labels: one fused with every_label() and a scale that is not 0")
+    if beam < 1:
+        raise SearchError(f"a beam of {beam} holds no hypothesis: give 1 or more")
+    for name, f in fused.items():
+        vocabulary.require_same(f.scorer.vocabulary, here="the search", there=name)
+    with torch.inference_mode():
+        return _search(fused, utterances, vocabulary, beam, max_labels, length_exponent, stop)
+
+
+def _search(fused: Mapping[str, Fused], utterances: int, vocabulary: Vocabulary, beam: int, max_labels: int | Tensor, exponent: float,
+            stop: str) -> list[list[Hypothesis]]:
+    terms = {}
+    for name, f in fused.items():
+        zero = torch.zeros(utterances, 1)
+        terms[name] = Term(f, f.scorer.start(utterances), zero, zero.long())
+    limit = torch.as_tensor(max_labels).expand(utterances)
+    starts = torch.tensor([vocabulary.starts_word(i) for i in range(vocabulary.size)])
+    index = torch.zeros(utterances, 1, dtype=torch.long)
+    now = Beam(torch.zeros(utterances, 1), index[..., None][..., :0], index, index > 0)
+    who = torch.arange(utterances)  # the utterances still searched; finished ones leave the batch, so that no straggler holds them
+    results: list[list[Hypothesis]] = [[] for _ in range(utterances)]
+    step = 0
+    # Bounds hold only while every further label costs: no length normalization, no negative scale (a prior).
+    bounded = stop == "best" and exponent == 0 and all(f.scale >= 0 for f in fused.values())
+    while len(who):
+        step += 1
+        now, terms = _grow(now, terms, limit[who], vocabulary, beam, exponent, step)
+        terms = {name: _fuse(term, now, starts, step - 1) for name, term in terms.items()}
+        now = _rescored(now, terms)
+        done = now.ended.all(1)
+        if bounded:
+            finished = torch.where(now.ended, now.score, NEG).amax(1)
+            growing = torch.where(now.ended, NEG, now.score).amax(1)
+            done |= (finished > NEG) & (finished >= growing)
+        if bool(done.any()):
+            for b in done.nonzero()[:, 0].tolist():
+                results[int(who[b])] = _hypotheses(now, terms, b, vocabulary, exponent)
+            keep = (~done).nonzero()[:, 0]
+            who, now, terms = who[keep], _kept(now, keep), {name: _kept_term(term, keep, now.score.shape[1]) for name, term in terms.items()}
+    return results
+
+
+def _grow(now: Beam, terms: Mapping[str, Term], limit: Tensor, vocabulary: Vocabulary, beam: int, exponent: float,
+          step: int) -> tuple[Beam, dict[str, Term]]:
+    groups, k = now.score.shape
+    eos, v = vocabulary.eos, vocabulary.size
+    step_scores = torch.zeros(groups, k, v)
+    for term in terms.values():
+        if term.fused.when.lookahead:
+            log_probs = term.fused.scorer.log_probs(term.state).cpu()
+            log_probs = torch.nn.functional.pad(log_probs, (0, v - log_probs.shape[1]), value=NEG)
+            step_scores = step_scores + weighted(term.fused.scale, log_probs).view(groups, k, v)
+    silent = [x for x in (vocabulary.blank, vocabulary.bos) if x is not None and x != eos]
+    step_scores[..., silent] = NEG
+    only_end = now.ended | (now.length >= limit[:, None])
+    others = torch.arange(v) != eos
+    step_scores = step_scores.masked_fill(only_end[..., None] & others, NEG)
+    step_scores[..., eos] = torch.where(now.ended, 0.0, step_scores[..., eos])
+    total = torch.nan_to_num(now.score[..., None] + step_scores, nan=NEG, neginf=NEG, posinf=NEG)
+    # Ended hypotheses compete at their own length, growing ones at this step's.
+    scale = torch.where(now.ended, (now.length + 1).double() / step, 1.0).pow(-exponent).to(total.dtype)
+    chosen = (total * scale[..., None]).flatten(1).topk(min(beam, k * v), dim=1).indices
+    source, label = chosen // v, chosen % v
+    ended_before = now.ended.gather(1, source)
+    score = total.flatten(1).gather(1, chosen)
+    length, ends = now.length.gather(1, source), label == eos
+    history = now.history.gather(1, source[..., None].expand(-1, -1, now.history.shape[2]))
+    if int(length.max()) >= history.shape[2]:
+        history = torch.nn.functional.pad(history, (0, max(16, history.shape[2])))
+    history = history.scatter(2, length[..., None], torch.where(ends, 0, label)[..., None])
+    rows = (source + torch.arange(groups)[:, None] * k).flatten()
+    grown = Beam(score, history, torch.where(ends, length, length + 1), ends | (score == NEG))
+    moved = {name: _moved(term, source, rows, grown, ends & ~ended_before) for name, term in terms.items()}
+    return grown, moved
+
+
+def _moved(term: Term, source: Tensor, rows: Tensor, grown: Beam, ending: Tensor) -> Term:
+    """The term behind the chosen hypotheses; what ends now is finished: pending labels and eos are scored."""
+    scorer = term.fused.scorer
+    state = scorer.select(term.state, rows)
+    score, seen = term.score.gather(1, source), term.seen.gather(1, source)
+    if bool(ending.any()):
+        slots = ending.flatten().nonzero()[:, 0]
+        part = scorer.select(state, slots)
+        labels, lengths = _unseen(grown, seen, ending)
+        gained, part = scorer.advance(part, labels[slots], lengths[slots])
+        score = score.flatten().index_add(0, slots, gained.cpu() + scorer.finish(part).cpu()).view_as(score)
+        seen = torch.where(ending, grown.length, seen)
+    return Term(term.fused, state, score, seen)
+
+
+def _unseen(now: Beam, seen: Tensor, due: Tensor) -> tuple[Tensor, Tensor]:
+    lengths = torch.where(due, now.length - seen, 0).flatten()
+    index = (seen.flatten()[:, None] + torch.arange(int(lengths.max()))).clamp(max=now.history.shape[2] - 1)
+    return now.history.flatten(0, 1).gather(1, index), lengths
+
+
+def _fuse(term: Term, now: Beam, starts: Tensor, step: int) -> Term:
+    alive = ~now.ended
+    place = torch.arange(now.history.shape[2])
+    inside = (place > term.seen[..., None]) & (place < now.length[..., None])
+    count = torch.where(alive, now.length - term.seen, 0)
+    pending = Pending(step, count, (starts[now.history] & inside).any(2) & alive, alive)
+    due = term.fused.when.due(pending) & alive
+    if not bool(due.any()):
+        return term
+    labels, lengths = _unseen(now, term.seen, due)
+    gained, state = term.fused.scorer.advance(term.state, labels, lengths)
+    return replace(term, state=state, score=term.score + gained.cpu().view_as(term.score), seen=torch.where(due, now.length, term.seen))
+
+
+def _rescored(now: Beam, terms: Mapping[str, Term]) -> Beam:
+    # The sum of the parts, rather than what entered before pruning: a delayed term has spoken meanwhile.
+    score = sum((weighted(t.fused.scale, t.score) for t in terms.values()), torch.zeros_like(now.score))
+    return replace(now, score=torch.where(now.score == NEG, NEG, torch.nan_to_num(score, nan=NEG, neginf=NEG)))
+
+
+def _kept(now: Beam, keep: Tensor) -> Beam:
+    return Beam(now.score[keep], now.history[keep], now.length[keep], now.ended[keep])
+
+
+def _kept_term(term: Term, keep: Tensor, k: int) -> Term:
+    rows = (keep[:, None] * k + torch.arange(k)).flatten()
+    return Term(term.fused, term.fused.scorer.select(term.state, rows), term.score[keep], term.seen[keep])
+
+
+def _hypotheses(now: Beam, terms: Mapping[str, Term], b: int, vocabulary: Vocabulary, exponent: float) -> list[Hypothesis]:
+    rank = now.rank(exponent, 1)[b]
+    out = []
+    for k in rank.argsort(dim=0, descending=True, stable=True).tolist():
+        if bool(now.ended[b, k]) and float(rank[k]) > NEG:
+            labels = tuple(now.history[b, k, : int(now.length[b, k])].tolist())
+            out.append(Hypothesis(labels, vocabulary.decode(labels), {name: float(t.score[b, k]) for name, t in terms.items()}))
+    return out
