@@ -73,7 +73,7 @@ class DecoderScorer(Scorer[Histories]):
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
         """[G, n, width] last hidden states of the new nodes; their keys and values go to trie.cache."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def start(self, rows: int) -> Histories:
         trie = self._begin(rows)
         group = torch.arange(rows, device=trie.label.device)
@@ -83,7 +83,7 @@ class DecoderScorer(Scorer[Histories]):
             trie.hidden[:, new.first : trie.size] = self._hidden(trie, new)
         return Histories(trie, group, behind[:, -1] if rows else group)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def log_probs(self, state: Histories, labels: Tensor | None = None) -> Tensor:
         if labels is not None:
             labels = labels.to(state.node.device)
@@ -94,7 +94,7 @@ class DecoderScorer(Scorer[Histories]):
         state.trie.normalizer[place[0], place[1]] = normalizer = logits.logsumexp(-1)
         return (logits - normalizer[:, None])[inverse]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def advance(self, state: Histories, labels: Tensor, lengths: Tensor) -> tuple[Tensor, Histories]:
         if labels.shape[1] == 0 or not bool((lengths > 0).any()):
             return torch.zeros(len(lengths), device=state.node.device), state
@@ -113,7 +113,7 @@ class DecoderScorer(Scorer[Histories]):
         score = torch.where(real, trie.log_prob[group[:, None], behind], 0.0).sum(1)
         return score, Histories(trie, group, behind[:, -1])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def finish(self, state: Histories) -> Tensor:
         eos = torch.full((len(state.node), 1), self.vocabulary.eos, device=state.node.device)
         return self.log_probs(state, eos)[:, 0]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from duolect.models.cache import NewNodes, Trie, node_cache
 from duolect.models.decoder import DecoderScorer, OutputLayer
@@ -105,7 +105,7 @@ def _start_and_end(config: Any) -> dict[str, int | None]:
     return {"bos": one(config.bos_token_id), "eos": one(config.eos_token_id)}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _check(scorer: HFCausalLM) -> None:
     # Decoders differ in what they do behind their last hidden state and in whether they honour a 4D mask; three labels tell.
     vocabulary = scorer.vocabulary

@@ -70,8 +70,19 @@ def ctc_beam_search(log_probs: Tensor, lengths: Tensor, *, vocabulary: Vocabular
     one. Each hypothesis' parts are unscaled: `acoustic` and the names in `fused`. With a beam wide enough nothing is pruned and the
     schedules make no difference; results do not depend on what else is in the batch.
     """
-    with torch.inference_mode():
+    with torch.no_grad():
         return _search(log_probs, lengths, vocabulary, beam, fused or {}, recombine, acoustic)
+
+
+def ctc_greedy(log_probs: Tensor, lengths: Tensor, *, vocabulary: Vocabulary, acoustic: str = "ctc") -> list[list[Hypothesis]]:
+    """One hypothesis per utterance: the best label of each frame, repeats and blanks taken out; its part is that one path's log p."""
+    best, path = log_probs.float().max(2)
+    out = []
+    for scores, labels, n in zip(best, path, lengths.tolist(), strict=True):
+        kept = torch.unique_consecutive(labels[:n])
+        collapsed = tuple(kept[kept != vocabulary.blank].tolist())
+        out.append([Hypothesis(collapsed, vocabulary.decode(collapsed), {acoustic: float(scores[:n].sum())})])
+    return out
 
 
 def _search(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, beam: int, fused: Mapping[str, Fused], recombine: str,

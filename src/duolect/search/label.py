@@ -60,7 +60,7 @@ def label_beam_search(fused: Mapping[str, Fused], utterances: int, *, beam: int,
         raise SearchError(f"a beam of {beam} holds no hypothesis: give 1 or more")
     for name, f in fused.items():
         vocabulary.require_same(f.scorer.vocabulary, here="the search", there=name)
-    with torch.inference_mode():
+    with torch.no_grad():
         return _search(fused, utterances, vocabulary, beam, max_labels, length_exponent, stop)
 
 

@@ -1,0 +1,40 @@
+# make demo            sets everything up and runs the main job on the recordings that come with the project
+# make demo AUDIO=x.wav  transcribes a file of yours (or a folder) instead
+# make test            sets everything up and passes the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-core lint bench clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[gguf,plots,dev]'
+	@touch $@
+
+demo: $(VENV)/.ready
+ifdef AUDIO
+	$(BIN)/duolect transcribe "$(AUDIO)"
+else
+	$(BIN)/duolect compare --out out/demo
+endif
+
+test: $(VENV)/.ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-core: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check src tests bench demo
+	$(BIN)/ruff format --check src tests bench demo
+	$(BIN)/pyright
+
+bench: $(VENV)/.ready
+	for script in bench/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) out build dist

@@ -1,0 +1,42 @@
+"""The command line: one file per group of commands, each importing what is heavy only when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Runs `duolect <command> ...`. Exit code 0: all done; 1: some of it failed, as listed; 2: nothing could be done, as said."""
+    import tyro
+
+    from duolect.cli import evaluation, maintenance, recognition
+
+    commands = {
+        "transcribe": recognition.transcribe,
+        "decode": recognition.decode,
+        "rescore": recognition.rescore,
+        "compare": recognition.compare,
+        "tune": evaluation.tune,
+        "score": evaluation.score,
+        "prior": maintenance.prior,
+        "models": maintenance.models,
+        "doctor": maintenance.doctor,
+    }
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(commands, prog="duolect", description=__doc__and_hint(), sort_subcommands=False)
+    except KeyboardInterrupt:
+        print("\nduolect: stopped; the same command continues what was not finished", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        code = 141
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("DUOLECT_DEBUG"):
+            raise
+        print(f"duolect: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)
+
+
+def __doc__and_hint() -> str:
+    return "Speech to text with an acoustic model and a language model. `duolect <command> --help` says more; DUOLECT_DEBUG=1 shows tracebacks."

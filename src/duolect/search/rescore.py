@@ -1,0 +1,72 @@
+"""Rescoring: what another scorer says of finished hypotheses. Shared beginnings of a list are scored once (a trie inside the scorer)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from duolect.scorer import Hypothesis, Scorer
+from duolect.search.fusion import SearchError, TextPolicy
+from duolect.vocabulary import Vocabulary
+
+LabelsOf = Callable[[Hypothesis], Sequence[int]]
+"""A hypothesis in the scorer's labels."""
+
+
+def own_labels(hypothesis: Hypothesis) -> Sequence[int]:
+    """The labels the search found, for a scorer of the same vocabulary."""
+    if hypothesis.text and not hypothesis.labels:
+        raise SearchError(f"hypothesis {hypothesis.text[:40]!r} has no labels, so a scorer of the acoustic model's vocabulary cannot score it")
+    return hypothesis.labels
+
+
+def labels_of_text(vocabulary: Vocabulary, *, policy: TextPolicy | None = None) -> LabelsOf:
+    """Hypotheses as labels of another vocabulary, word by word: what `Retokenized` would have passed on."""
+    policy = policy or TextPolicy()
+
+    def labels(hypothesis: Hypothesis) -> Sequence[int]:
+        out: list[int] = []
+        for word in hypothesis.text.split():
+            if written := policy(word, first=not out):
+                out += vocabulary.encode_word(written, first=not out)
+        return out + (vocabulary.encode(policy.end) if policy.end else [])
+
+    return labels
+
+
+def labels_for(vocabulary: Vocabulary, hypotheses: Sequence[Hypothesis], *, policy: TextPolicy | None = None) -> LabelsOf:
+    """`own_labels` where the hypotheses' labels spell their text in this vocabulary, else `labels_of_text`."""
+    def spells(h: Hypothesis) -> bool:
+        return all(0 <= y < vocabulary.size for y in h.labels) and vocabulary.decode(h.labels) == h.text
+
+    labelled = [h for h in hypotheses[:200] if h.text]
+    same = bool(labelled) and all(h.labels and spells(h) for h in labelled)
+    return own_labels if same else labels_of_text(vocabulary, policy=policy)
+
+
+def rescored(nbest: Sequence[Sequence[Hypothesis]], *, name: str, scorer: Scorer[Any], labels: LabelsOf) -> list[list[Hypothesis]]:
+    """The same lists with the part `name`: log p(labels eos) of each hypothesis. One list per utterance, in the scorer's order of rows."""
+    state = scorer.start(len(nbest))
+    rows = torch.tensor([b for b, hypotheses in enumerate(nbest) for _ in hypotheses], dtype=torch.long)
+    if not len(rows):
+        return [[] for _ in nbest]
+    chunks = [list(labels(h)) for hypotheses in nbest for h in hypotheses]
+    lengths = torch.tensor([len(c) for c in chunks])
+    width = int(lengths.max())
+    padded = torch.tensor([c + [0] * (width - len(c)) for c in chunks], dtype=torch.long).view(len(chunks), width)
+    score, state = scorer.advance(scorer.select(state, rows), padded, lengths)
+    total = iter((score + scorer.finish(state)).tolist())
+    return [[replace(h, parts={**h.parts, name: next(total)}) for h in hypotheses] for hypotheses in nbest]
+
+
+def ranked(hypotheses: Sequence[Hypothesis], scales: Mapping[str, float]) -> list[Hypothesis]:
+    """Best first under the scales; equal scores keep their order. SearchError where a scale names a part that is not there."""
+    for h in hypotheses[:1]:
+        missing = [name for name in scales if name not in h.parts]
+        if missing:
+            raise SearchError(f"there is a scale for {', '.join(missing)}, but the hypotheses have only {', '.join(h.parts)}: rescore them first")
+    used = {name: scale for name, scale in scales.items() if scale != 0}
+    return sorted(hypotheses, key=lambda h: -h.score(used))
