@@ -133,7 +133,7 @@ def write_hypotheses(path: str | Path, recognized: Sequence[Recognized]) -> None
     """Writes a hypotheses JSONL file whole, by way of a temporary file, so that a killed write leaves the old one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as out:
         for line in recognized:
             out.write(json.dumps(line.to_json(), ensure_ascii=False) + "\n")

@@ -115,7 +115,8 @@ class SentencePieceVocabulary(Vocabulary):
         return self.processor.encode(text)
 
     def decode(self, labels: Sequence[int]) -> str:
-        return self.processor.decode([int(x) for x in labels if x != self.blank])
+        silent = (self.blank, self.processor.unk_id())  # an unknown label would be written as a question mark that nobody said
+        return self.processor.decode([int(x) for x in labels if x not in silent]).strip()
 
     def piece(self, label: int) -> str:
         return "<blank>" if label == self.blank else self.processor.id_to_piece(int(label))

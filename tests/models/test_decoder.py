@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, WhisperConfig, WhisperForConditionalGeneration
 
+from duolect.models import ModelError
 from duolect.models import decoder as decoder_module
 from duolect.models.aed import WhisperAed
-from duolect.models.lm import HFCausalLM, ModelError
+from duolect.models.lm import HFCausalLM
 from duolect.scorer import Hypothesis
 from duolect.search.fusion import Retokenized, TextPolicy
 from duolect.search.rescore import labels_for, labels_of_text, own_labels, ranked, rescored
@@ -175,7 +176,7 @@ def tiny_whisper() -> WhisperAed:
     vocabulary = type(vocabulary)(vocabulary.tokenizer)
     torch.manual_seed(0)
     config = WhisperConfig(vocab_size=vocabulary.size + 4, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
-                           decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_target_positions=40, init_std=0.4,
+                           decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_target_positions=200, init_std=0.4,
                            pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=1)
     return WhisperAed(WhisperForConditionalGeneration(config), vocabulary)
 

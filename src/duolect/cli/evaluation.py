@@ -36,13 +36,13 @@ def score(
 
     if not hypotheses:
         raise ValueError("name at least one hypotheses file")
-    scores, seconds, audio = {}, {}, {}
+    scores, seconds, audio = {}, {}, 0.0
     for path in hypotheses:
         lines = list(read_hypotheses(path))
         name = path.stem if len({p.stem for p in hypotheses}) == len(hypotheses) else str(path)
         scores[name] = score_recognized(lines, normalizer=normalizer_of(normalizer), unit=unit, merge_compounds=compounds == "merged", corpus=path.stem)
         seconds[name] = sum(r.seconds for r in lines)
-        audio[name] = sum(float(r.fields.get("duration") or 0.0) for r in lines)
+        audio = max(audio, sum(float(r.fields.get("duration") or 0.0) for r in lines))
     table = rows(scores, seconds=seconds, audio_seconds=audio)
     print(plain_table(table))
     for name, result in scores.items():
@@ -87,12 +87,16 @@ def tune(
     from duolect.scorer import read_hypotheses
 
     lines = list(read_hypotheses(hypotheses))
+    if not lines:
+        raise ValueError(f"{hypotheses} is empty: there is nothing to tune on")
     found = {name for line in lines for h in line.nbest for name in h.parts}
     names = parts or tuple(sorted(found - {reference}))
     if not names:
         raise ValueError(f"{hypotheses}: the hypotheses have no part but {reference}: add one with `duolect rescore`")
     lists = nbest_lists(lines, normalizer=normalizer_of(normalizer), parts=(reference, *names), corpus=hypotheses.stem)
-    free = {name: Range(-largest, 0.0) if name in negative else Range(0.0, largest) for name in names}
+    # A prior corrects a language model, so its scale is tuned as a share of that one's (paper.md 2.8).
+    base = next((name for name in names if name not in negative), None)
+    free = {name: Range(-largest, 0.0, of=base) if name in negative else Range(0.0, largest) for name in names}
     tuned = tuned_scales(lists, reference=reference, free=free, method=method)
     for name, scale in tuned.scales.items():
         print(f"{name:12} {scale:8.4f}  {tuned.scale_intervals.get(name) or ''}")

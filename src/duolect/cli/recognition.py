@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def transcribe(
                 many = len(files) > 1 or len(source.utterances) > 1
                 print(f"{result.id}\t{text}" if many and format == "txt" else text, end="", flush=True)
             else:
-                target = out / f"{result.id}.{format}"
+                target = out / f"{_file_name(result.id)}.{format}"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(text, encoding="utf-8")
     return _report(failures)
@@ -217,14 +218,14 @@ def compare(
     for results in recognizer.recognize(utterances):
         for name, result in results.items():
             found[name][result.id] = result
-    scores, seconds, audio = {}, {}, {}
+    scores, seconds, audio = {}, {}, 0.0
     for name in names:
         lines = [found[name][u.id] for u in utterances]
         write_hypotheses(out / "hypotheses" / f"{name}.jsonl", lines)
         title = PRESETS[name].title if name in PRESETS else name
         scores[title] = score_recognized(lines, normalizer=normalizer_of(normalizer), corpus=str(data.name if data.is_dir() else data.parent.name))
         seconds[title] = sum(r.seconds for r in lines)
-        audio[title] = sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None)
+        audio = max(audio, sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None))
         failures += [f"{title}: {r.id}: {r.error}" for r in lines if r.error is not None]
     table = rows(scores, seconds=seconds, audio_seconds=audio)
     print(plain_table(table))
@@ -299,6 +300,11 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _file_name(id: str) -> str:
+    """An id as the name of a file in one folder: ids may hold slashes and dots, which must not lead out of it."""
+    return re.sub(r"[^\w.\- ]+", "_", id).lstrip(".") or "_"
 
 
 def _pairs(assignments: Sequence[str]) -> dict[str, str]:

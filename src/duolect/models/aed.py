@@ -14,9 +14,10 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from duolect.audio.features import whisper_log_mel
 from duolect.audio.io import SAMPLE_RATE
+from duolect.models import ModelError
 from duolect.models.cache import NewNodes, Trie, node_cache
 from duolect.models.decoder import DecoderScorer, OutputLayer
-from duolect.models.lm import ModelError, attention_mask
+from duolect.models.lm import attention_mask
 from duolect.vocabulary import TokenizerVocabulary
 
 WINDOW_SECONDS = 30.0

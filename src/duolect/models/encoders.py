@@ -64,6 +64,8 @@ class WhisperEncoder(Encoder):
 
     def __init__(self, dims: WhisperDims) -> None:
         super().__init__()
+        if dims.merge_after is not None and dims.merge_after not in range(dims.layers):
+            raise ValueError(f"merge_after is {dims.merge_after}, expected 0 .. {dims.layers - 1}: a layer must follow")
         self.dims = dims
         self.dim, self.mels, self.max_seconds = dims.dim, dims.mels, dims.positions * 0.02
         self.seconds_per_frame = 0.02 if dims.merge_after is None else 0.04
@@ -81,7 +83,7 @@ class WhisperEncoder(Encoder):
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         lengths = (lengths + 1) // 2
         if x.shape[1] > self.dims.positions:
-            raise ValueError(f"{x.shape[1] * 0.02:.1f} s of audio > {self.max_seconds:.0f} s, which the encoder has positions for: cut it into windows")
+            raise ValueError(f"{x.shape[1] * 0.02:.1f} s of audio > the encoder's {self.max_seconds:.0f} s: cut it into windows")
         x = x + self.embed_positions.weight[: x.shape[1]]
         mask = frame_mask(lengths, x.shape[1])
         for i, layer in enumerate(self.layers):
@@ -102,7 +104,8 @@ class WhisperEncoder(Encoder):
                            config["max_source_positions"], merge_after)
         encoder, prefix = cls(dims), "model.encoder."
         with safe_open(Path(folder) / "model.safetensors", "pt") as file:
-            weights = {name.removeprefix(prefix): file.get_tensor(name).float() for name in file.keys() if name.startswith(prefix)}
+            names = list(file.keys())
+            weights = {name.removeprefix(prefix): file.get_tensor(name).float() for name in names if name.startswith(prefix)}
         if encoder.merge is not None:
             weights |= {f"merge.{name}": value for name, value in encoder.merge.state_dict().items()}
         encoder.load_state_dict(weights)

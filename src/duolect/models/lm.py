@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from duolect.models import ModelError
 from duolect.models.cache import NewNodes, Trie, node_cache
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, VocabularyError, load_vocabulary
-
-
-class ModelError(ValueError):
-    """A model cannot serve as asked; the message says which, why, and what to do."""
 
 
 class HFCausalLM(DecoderScorer):

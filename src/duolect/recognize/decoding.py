@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -37,9 +38,13 @@ for _schedule in (AtEnd, AtWordEnd, Every, EveryLabel, ShortestHypothesis, TextP
     registered(_schedule)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """What the terms of a decoding may look at: audio [N] float32 16 kHz per utterance, the CTC model's output, and models by name."""
+    """What the terms of a decoding may look at: audio [N] float32 16 kHz per utterance, the CTC model's output, and models by name.
+
+    What several decodings need (an AED's encoding) is computed once; `borrowed` sums the seconds that a decoding was spared that way, so that
+    each can be charged for all it needs.
+    """
 
     audios: Sequence[np.ndarray]
     output: CtcOutput
@@ -47,6 +52,19 @@ class Batch:
     acoustic: str
     models: Models
     seconds_per_frame: float
+    borrowed: float = 0.0
+    _shared: dict[str, tuple[Scorer[Any], float]] = field(default_factory=dict)
+
+    def shared(self, name: str, make: Callable[[], Scorer[Any]]) -> Scorer[Any]:
+        """The scorer of that name, made when first asked for."""
+        if name in self._shared:
+            scorer, seconds = self._shared[name]
+            self.borrowed += seconds
+            return scorer
+        begin = time.perf_counter()
+        scorer = make()
+        self._shared[name] = scorer, time.perf_counter() - begin
+        return scorer
 
 
 class Term(ABC):
@@ -95,7 +113,8 @@ class Attention(Term):
     policy: TextPolicy = field(default_factory=lambda: TextPolicy(case="sentence", end="."))
 
     def native(self, batch: Batch) -> Scorer[Any]:
-        return batch.models.attention(self.model).scorer(batch.audios)
+        aed = batch.models.attention(self.model)
+        return batch.shared(self.model, lambda: aed.scorer(batch.audios))
 
 
 @registered

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from duolect.audio.io import SAMPLE_RATE, AudioError, read_audio
 from duolect.data.batching import batches_by_seconds
 from duolect.data.utterance import Utterance
-from duolect.models.ctc import AcousticModel, CtcOutput, ModelError
+from duolect.models import ModelError
+from duolect.models.ctc import AcousticModel, CtcOutput
 from duolect.recognize.decoding import Batch, Decoding
 from duolect.recognize.models import Models
 from duolect.scorer import Hypothesis, Recognized
@@ -104,8 +105,9 @@ class Recognizer:
         segments = [s for i, (_, audio) in enumerate(loaded) for s in _segments(i, audio, output.log_probs[i, : int(output.lengths[i])], model)]
         for indices in batches_by_seconds([s.seconds for s in segments], batch_seconds=self.batch_seconds):
             part = [segments[i] for i in indices]
+            batch = self._prepared(part, model)
             for name, decoding in self.decodings.items():
-                for segment, result in zip(part, self._search(decoding, part, model), strict=True):
+                for segment, result in zip(part, self._search(decoding, batch, part, model), strict=True):
                     found[name][segment.owner].append((segment.start, result))
         results: list[dict[str, Recognized]] = []
         for i, (utterance, audio) in enumerate(loaded):
@@ -113,13 +115,16 @@ class Recognizer:
             results.append({name: self._joined(fields, found[name][i], encoding * len(audio) * decoding.hears_ctc) for name, decoding in self.decodings.items()})
         return results
 
-    def _search(self, decoding: Decoding, segments: Sequence[Segment], model: AcousticModel) -> list[Found]:
-        begin = time.perf_counter()
+    def _prepared(self, segments: Sequence[Segment], model: AcousticModel) -> Batch:
         lengths = torch.tensor([len(s.log_probs) for s in segments])
         padded = torch.nn.utils.rnn.pad_sequence([s.log_probs for s in segments], batch_first=True)
-        batch = Batch([s.audio for s in segments], CtcOutput(padded, lengths), model.vocabulary, self.acoustic, self.models, model.seconds_per_frame)
+        output = CtcOutput(padded, lengths)
+        return Batch([s.audio for s in segments], output, model.vocabulary, self.acoustic, self.models, model.seconds_per_frame)
+
+    def _search(self, decoding: Decoding, batch: Batch, segments: Sequence[Segment], model: AcousticModel) -> list[Found]:
+        begin, batch.borrowed = time.perf_counter(), 0.0
         lists = decoding.run(batch)
-        share = (time.perf_counter() - begin) / (sum(s.seconds for s in segments) or 1.0)
+        share = (time.perf_counter() - begin + batch.borrowed) / (sum(s.seconds for s in segments) or 1.0)
         times = [timed_words(nbest[0], s, model) if self.word_times and nbest else [] for nbest, s in zip(lists, segments, strict=True)]
         return [Found(nbest, share * s.seconds, found) for nbest, s, found in zip(lists, segments, times, strict=True)]
 

@@ -1,0 +1,1 @@
+"""Audio: from files and bytes to samples, from samples to features."""

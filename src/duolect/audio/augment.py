@@ -1,0 +1,88 @@
+"""Augmentation of training speech: speed, noise, masks; each a pure function of (seed, epoch, utterance)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import soxr
+from torch import Tensor
+
+from duolect.audio.io import SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly to augment. Chances in 0..1, SNR in dB, mask widths in frames of 10 ms and in mel bins; 0 masks switch masking off."""
+
+    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
+    noise_chance: float = 0.5
+    snr_db: tuple[float, float] = (5.0, 30.0)
+    time_masks: int = 2
+    time_width: int = 30
+    mel_masks: int = 2
+    mel_width: int = 14
+
+
+NO_AUGMENTATION = Augmentation(speeds=(1.0,), noise_chance=0.0, time_masks=0, mel_masks=0)
+
+
+def random_for(seed: int, epoch: int, utterance: str, purpose: str = "augment") -> np.random.Generator:
+    """The generator that belongs to these four, the same on every machine and in every order of calls."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{utterance}/{purpose}".encode()).digest()
+    return np.random.default_rng(np.frombuffer(digest[:16], np.uint32))
+
+
+def augment_audio(
+    audio: np.ndarray, random: np.random.Generator, settings: Augmentation, *, others: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """Samples [N'] at another speed, perhaps with noise; `others` are utterances to make babble of."""
+    audio = change_speed(audio, float(random.choice(settings.speeds)))
+    if random.random() < settings.noise_chance:
+        audio = add_noise(audio, noise(len(audio), random, others=others), float(random.uniform(*settings.snr_db)))
+    return audio
+
+
+def change_speed(audio: np.ndarray, factor: float) -> np.ndarray:
+    """Samples [N / factor], faster and higher for a factor above 1 (Ko et al., Interspeech 2015)."""
+    if factor == 1.0:
+        return audio
+    return soxr.resample(audio, SAMPLE_RATE * factor, SAMPLE_RATE, quality="MQ").astype(np.float32)
+
+
+def add_noise(audio: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    """Samples [N] with noise [N] scaled to a signal-to-noise ratio over the whole utterance; silence stays as it is."""
+    signal, power = float(np.mean(audio**2)), float(np.mean(noise**2))
+    if signal <= 0 or power <= 0:
+        return audio
+    return (audio + noise * np.sqrt(signal / power * 10 ** (-snr_db / 10))).astype(np.float32)
+
+
+def noise(samples: int, random: np.random.Generator, *, others: Sequence[np.ndarray] = ()) -> np.ndarray:
+    """Noise [samples] of a random colour: white, pink, brown, or babble of one to four other utterances if there are any."""
+    kind = random.choice(["white", "pink", "brown", *(["babble"] * 2 if others else [])])
+    if kind == "babble":
+        voices = [others[i] for i in random.integers(0, len(others), random.integers(1, 5))]
+        return np.sum([np.resize(np.roll(v, random.integers(len(v))), samples) / (np.std(v) + 1e-6) for v in voices], axis=0)
+    exponent = {"white": 0.0, "pink": 0.5, "brown": 1.0}[str(kind)]
+    size = 1 << max(8, (samples - 1).bit_length())  # a power of two: the FFT of a prime length is slow
+    spectrum = random.standard_normal(size // 2 + 1) + 1j * random.standard_normal(size // 2 + 1)
+    spectrum /= np.maximum(np.arange(size // 2 + 1), size * 20 / SAMPLE_RATE) ** exponent  # flat below 20 Hz
+    return np.fft.irfft(spectrum)[:samples].astype(np.float32)
+
+
+def spec_augment(features: Tensor, random: np.random.Generator, settings: Augmentation) -> Tensor:
+    """Log-mel features [F, mels] with bands of time and frequency set to their mean (arXiv 1904.08779); time masks grow with length."""
+    features, (frames, mels) = features.clone(), features.shape
+    mean = features.mean()
+    for _ in range(settings.time_masks * (1 + frames // 600) if settings.time_masks else 0):
+        width = int(random.integers(0, min(settings.time_width, frames // 5) + 1))
+        start = int(random.integers(0, frames - width + 1))
+        features[start : start + width] = mean
+    for _ in range(settings.mel_masks):
+        width = int(random.integers(0, min(settings.mel_width, mels) + 1))
+        start = int(random.integers(0, mels - width + 1))
+        features[:, start : start + width] = mean
+    return features

@@ -1,0 +1,1 @@
+"""Data: utterances, where they come from, and how they are batched."""

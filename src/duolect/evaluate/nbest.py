@@ -1,0 +1,142 @@
+"""N-best lists as numbers: per hypothesis its word errors and what each scorer gave it. What scale tuning works on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duolect.evaluate.normalize import Normalizer
+from duolect.evaluate.wer import count_errors
+from duolect.scorer import Recognized
+
+
+class NBestError(ValueError):
+    """The lists cannot be tuned on; the message names the utterance."""
+
+
+@dataclass(frozen=True, eq=False)
+class NBestLists:
+    """N utterances with up to H hypotheses each, best first, padded at the end.
+
+    words [N]: of the reference. errors [N, H]: of each hypothesis. parts: name -> [N, H] natural log, unscaled, finite. possible [N, H]:
+    the hypothesis is there and no part of it is -inf; at least one per utterance. impossible: how many have a part of -inf: they are
+    never chosen, at no scale, unless their list has nothing else (then its first is). first, oracle [N]: errors of the first and of the
+    best hypothesis. failed: ids without hypotheses, all words deleted. digest: of ids and references.
+    """
+
+    ids: tuple[str, ...]
+    words: NDArray[np.int64]
+    errors: NDArray[np.int64]
+    parts: Mapping[str, NDArray[np.float64]]
+    possible: NDArray[np.bool_]
+    first: NDArray[np.int64]
+    oracle: NDArray[np.int64]
+    impossible: int = 0
+    failed: tuple[str, ...] = ()
+    corpus: str = ""
+    digest: str = ""
+    signature: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def padded_lists(
+    errors: Sequence[Sequence[int]],
+    *,
+    parts: Mapping[str, Sequence[Sequence[float]]],
+    words: Sequence[int],
+    ids: Sequence[str] | None = None,
+    failed: Sequence[str] = (),
+    corpus: str = "",
+    digest: str = "",
+    signature: str = "",
+) -> NBestLists:
+    """The lists of ragged numbers; an utterance without hypotheses has all its words deleted. NBestError for NaN or +inf parts."""
+    ids = tuple(ids) if ids is not None else tuple(str(i) for i in range(len(errors)))
+    if not len(ids) == len(errors) == len(words):
+        raise NBestError(f"got {len(errors)} lists of errors, {len(words)} word counts and {len(ids)} ids; expected equally many")
+    lengths = np.array([len(x) for x in errors], np.int64)
+    shape = (len(errors), max(1, int(lengths.max(initial=0))))
+    real = np.arange(shape[1]) < np.maximum(lengths, 1)[:, None]
+    padded_errors = np.zeros(shape, np.int64)
+    filled = np.arange(shape[1]) < lengths[:, None]
+    padded_errors[filled] = np.fromiter((e for x in errors for e in x), np.int64)
+    padded_errors[lengths == 0, 0] = np.asarray(words, np.int64)[lengths == 0]
+    padded: dict[str, NDArray[np.float64]] = {}
+    possible = real.copy()
+    for name, values in parts.items():
+        if wrong := [i for i, x in enumerate(values) if len(x) != lengths[i]] or ([len(values)] if len(values) != len(errors) else []):
+            raise NBestError(f"part {name!r}: {len(wrong)} lists have another length than their errors, the first at {wrong[0]}")
+        padded[name] = np.zeros(shape)
+        padded[name][filled] = np.fromiter((v for x in values for v in x), np.float64)
+        bad = np.isnan(padded[name]) | (padded[name] == np.inf)
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            value = padded[name][row, column]
+            raise NBestError(f"utterance {ids[row]}, hypothesis {column + 1}: part {name!r} is {value}; expected a log-probability")
+        possible &= padded[name] > -np.inf
+    impossible = int((real & ~possible).sum())
+    possible[~possible.any(axis=1), 0] = True
+    return NBestLists(
+        ids, np.asarray(words, np.int64), padded_errors, {k: np.where(v > -np.inf, v, 0.0) for k, v in padded.items()}, possible,
+        first=padded_errors[:, 0], oracle=np.where(real, padded_errors, np.iinfo(np.int64).max).min(axis=1),
+        impossible=impossible, failed=tuple(failed), corpus=corpus, digest=digest, signature=signature,
+    )  # fmt: skip
+
+
+def nbest_lists(
+    recognized: Iterable[Recognized],
+    *,
+    normalizer: Normalizer,
+    parts: Sequence[str],
+    merge_compounds: bool = False,
+    corpus: str = "",
+) -> NBestLists:
+    """The lists of a hypotheses file, with the errors of every hypothesis counted (once per distinct normalized text of an utterance).
+
+    NBestError for a line without a reference `text`, an id twice, or a hypothesis without one of the parts.
+    """
+    references: dict[str, str] = {}
+    words, errors, failed = [], [], []
+    values: dict[str, list[list[float]]] = {name: [] for name in parts}
+    for line in recognized:
+        reference = line.fields.get("text")
+        if not isinstance(reference, str):
+            raise NBestError(f"utterance {line.id} has no reference in its field 'text'")
+        if line.id in references:
+            raise NBestError(f"id {line.id!r} stands twice in the hypotheses")
+        references[line.id] = reference
+        nbest = line.nbest if line.error is None else ()
+        if not nbest:
+            failed.append(line.id)
+        target = normalizer(reference)
+        words.append(len(target.split()))
+        counted: dict[str, int] = {}
+        texts = [normalizer(h.text) for h in nbest]
+        for text in texts:
+            if text not in counted:
+                counted[text] = count_errors(target, text, merge_compounds=merge_compounds).total
+        errors.append([counted[text] for text in texts])
+        for name in parts:
+            values[name].append([_part(line.id, i, h.parts, name) for i, h in enumerate(nbest)])
+    rules = f"norm:{normalizer}|compounds:{'merged' if merge_compounds else 'apart'}|corpus:{corpus or '?'}|utts:{len(references)}"
+    return padded_lists(errors, parts=values, words=words, ids=list(references), failed=failed, corpus=corpus,
+                        digest=corpus_digest(references), signature=rules)
+
+
+def corpus_digest(references: Mapping[str, str]) -> str:
+    """Twelve hexadecimal digits of ids and raw references, whatever their order."""
+    return hashlib.sha256(json.dumps(sorted(references.items()), ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+def _part(key: str, index: int, parts: Mapping[str, float], name: str) -> float:
+    if name not in parts:
+        has = ", ".join(parts) or "none"
+        raise NBestError(f"utterance {key}, hypothesis {index + 1}: no part {name!r} (it has: {has}); rescore the lists with it first")
+    return float(parts[name])

@@ -1,0 +1,253 @@
+"""The error surface of n-best lists: the word errors of the chosen hypotheses as a function of the scales, at points and along lines.
+
+Shapes: N utterances (A of them active), H hypotheses, D free scales, P points.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duolect.evaluate.nbest import NBestLists
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_ROWS, _POINTS = 128, 16  # utterances x points at a time: their scores stay in the cache
+_MOST_CORNERS = 3  # free numbers; a box in more dimensions has too many corners to pay off
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a free scale may lie. of: another free scale; then the number in this range is multiplied by that scale.
+
+    The paper's label prior is Range(-2.0, 0.0, of="llm"): prior = -rho * llm, 0 <= rho <= 2.
+    """
+
+    low: float = 0.0
+    high: float = 2.0
+    of: str | None = None
+
+    def __post_init__(self) -> None:
+        if not -np.inf < self.low <= self.high < np.inf:
+            raise ValueError(f"a range needs finite low <= high, got {self.low} and {self.high}")
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Total errors along one free scale, exactly: errors[i] between edges[i] and edges[i + 1]."""
+
+    edges: Floats
+    errors: Ints
+
+    def best(self) -> tuple[float, int]:
+        """(middle of the widest stretch with the fewest errors, those errors); of equally wide ones the one nearest 0."""
+        starts, ends, errors = _stretches(self.edges, self.errors)
+        least = errors == errors.min()
+        widths = np.where(least, ends - starts, -1.0)
+        candidates = np.flatnonzero(widths >= widths.max() * (1 - 1e-9))
+        middles = (starts + ends)[candidates] / 2
+        return float(middles[np.argmin(np.abs(middles))]), int(errors.min())
+
+    def centred(self, value: float) -> float:
+        """The middle of the stretch of equal errors in which `value` lies."""
+        starts, ends, _ = _stretches(self.edges, self.errors)
+        inside = int(np.clip(np.searchsorted(starts, value, side="right") - 1, 0, len(starts) - 1))
+        return float((starts[inside] + ends[inside]) / 2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Active utterances with about equally many live hypotheses; base [n, h] is -inf where there is none."""
+
+    rows: Ints
+    base: Floats
+    slopes: Floats  # [D, n, h]
+    errors: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """Which hypothesis wins where, for numbers x [D] within a box: score = reference part + sum of scale_d(x) * part_d.
+
+    Ties go to the hypothesis that stands first in its list. settled [N]: the errors of utterances that are the same everywhere in
+    the box, 0 for active ones. rows [A]: the active ones.
+    """
+
+    names: tuple[str, ...]
+    ranges: tuple[Range, ...]
+    settled: Ints
+    groups: tuple[_Group, ...]
+
+    @property
+    def rows(self) -> Ints:
+        return np.concatenate([g.rows for g in self.groups]) if self.groups else np.zeros(0, np.int64)
+
+    def scales(self, points: Floats) -> Floats:
+        """[P, D] the scales that the numbers `points` [P, D] stand for: relative ones multiplied out."""
+        scales = np.array(points, np.float64)
+        for d, span in enumerate(self.ranges):
+            if span.of is not None:
+                scales[:, d] *= points[:, self.names.index(span.of)]
+        return scales
+
+    def errors(self, points: Floats) -> NDArray[np.float32]:
+        """[P, A] errors of the active utterances at the points [P, D], columns as in `rows`; whole numbers, fp32 for fast exact sums."""
+        scales = self.scales(points)
+        found = np.zeros((len(points), sum(len(g.rows) for g in self.groups)), np.float32)
+        left = 0
+        for g in self.groups:
+            height = max(1, _ROWS * 64 // g.base.shape[1])
+            for top in range(0, len(g.rows), height):
+                part = slice(top, top + height)
+                base, wrong = g.base[part], g.errors[part]
+                slopes = g.slopes[:, part].reshape(len(self.names), -1)
+                row = np.arange(len(base))
+                for p in range(0, len(points), _POINTS):
+                    scores = (scales[p : p + _POINTS] @ slopes).reshape(-1, *base.shape)
+                    scores += base
+                    found[p : p + _POINTS, left + top : left + top + len(base)] = wrong[row, scores.argmax(axis=-1)]
+            left += len(g.rows)
+        return found
+
+    def totals(self, points: Floats, *, weights: Ints) -> Ints:
+        """[P] errors over all utterances, each counted weights [N] times."""
+        totals = [self.weighted(self.errors(points[p : p + 512]), weights) for p in range(0, len(points), 512)]
+        return np.concatenate(totals)
+
+    def weighted(self, errors: NDArray[np.float32], weights: Ints) -> Ints:
+        """[P] what `totals` gives, from `errors` [P, A]."""
+        # Products of fp32 matrices are fast, and exact as long as no sum of errors reaches 2 ** 24.
+        return (errors @ weights[self.rows].astype(np.float32)).astype(np.int64) + int(self.settled @ weights)
+
+    def utterance_errors(self, point: Floats) -> Ints:
+        """[N] errors at one point [D]."""
+        errors = self.settled.copy()
+        errors[self.rows] = self.errors(point[None])[0]
+        return errors
+
+    def narrowed(self, low: Floats, high: Floats) -> Surface:
+        """The same surface inside the box low [D] .. high [D], where fewer hypotheses can win.
+
+        The difference of two scores is linear in each number alone, so over a box it is extreme at a corner: who is beaten by the same
+        other at all corners never wins inside. The winners at the corners and at the centre are tried as that other.
+        """
+        if np.count_nonzero(low < high) > _MOST_CORNERS:
+            return self
+        corners = np.array(list(itertools.product(*((a, b) if a < b else (a,) for a, b in zip(low, high, strict=True)))))
+        probes = np.concatenate([corners, (low + high)[None] / 2])
+        settled = self.settled.copy()
+        pieces = []
+        for g in self.groups:
+            scores = np.tensordot(self.scales(probes), g.slopes, axes=1) + g.base
+            live = g.base > -np.inf
+            row = np.arange(len(g.rows))
+            for winner in {one.tobytes(): one for one in scores.argmax(axis=-1)}.values():
+                best = scores[:-1, row, winner][..., None]
+                # A margin far above rounding: a hypothesis too many costs time, one too few would be wrong.
+                live &= ~(best > scores[:-1] + 1e-9 * (1 + np.abs(best))).all(axis=0)
+            pieces.append((g, live))
+        return Surface(self.names, self.ranges, settled, _grouped(pieces, settled))
+
+    def line(self, point: Floats, *, coordinate: int, low: float, high: float, weights: Ints) -> Line:
+        """The exact errors along one number in low .. high, the others as in `point` [D] (Och, ACL 2003: upper envelopes of lines)."""
+        ends = np.stack([point, point])
+        ends[:, coordinate] = 0.0, 1.0
+        start, unit = self.scales(ends)
+        places, changes = [np.zeros(0)], [np.zeros(0, np.int64)]
+        total = int(self.settled @ weights)
+        for g in self.groups:
+            offset = np.tensordot(start, g.slopes, axes=1) + g.base
+            slope = np.tensordot(unit - start, g.slopes, axes=1)
+            first, where, change = _envelope(offset, slope, g.errors, weights[g.rows], low=low, high=high)
+            total += first
+            places.append(where)
+            changes.append(change)
+        place, change = np.concatenate(places), np.concatenate(changes)
+        order = np.argsort(place, kind="stable")
+        edges = np.concatenate([[low], place[order], [high]])
+        return Line(edges, total + np.concatenate([[0], np.cumsum(change[order])]))
+
+
+def surface_of(lists: NBestLists, *, reference: str, free: Mapping[str, Range]) -> Surface:
+    """The surface of lists with the scale of the part `reference` 1.0 and those in `free` to be found; other parts count nothing."""
+    for name in (reference, *free):
+        if name not in lists.parts:
+            raise ValueError(f"the lists have no part {name!r}; they have {', '.join(lists.parts)}")
+    if reference in free:
+        raise ValueError(f"the scale of {reference!r} is fixed to 1.0 and cannot be free too: only the ratios of scales matter")
+    for name, span in free.items():
+        if span.of is not None and (span.of not in free or free[span.of].of is not None):
+            raise ValueError(f"the range of {name!r} is relative to {span.of!r}, which is no free scale with a range of its own")
+    base = np.where(lists.possible, lists.parts[reference], -np.inf)
+    slopes = np.stack([lists.parts[name] for name in free]) if free else np.zeros((0, *base.shape))
+    everything = _Group(np.arange(len(lists)), base, slopes, lists.errors)
+    settled = np.zeros(len(lists), np.int64)
+    return Surface(tuple(free), tuple(free.values()), settled, _grouped([(everything, lists.possible)], settled))
+
+
+def _grouped(pieces: Sequence[tuple[_Group, NDArray[np.bool_]]], settled: Ints) -> tuple[_Group, ...]:
+    """Groups of only the live hypotheses; utterances whose live ones all have the same errors are written into `settled` instead."""
+    buckets: dict[int, list[_Group]] = {}
+    for g, live in pieces:
+        most, least = (f(np.where(live, g.errors, fill), axis=1) for f, fill in ((np.max, -1), (np.min, np.iinfo(np.int64).max)))
+        settled[g.rows[most == least]] = least[most == least]
+        active = np.flatnonzero(most != least)
+        widths = 2 ** np.ceil(np.log2(live[active].sum(axis=1))).astype(int)
+        for width in np.unique(widths):
+            rows = active[widths == width]
+            order = np.argsort(~live[rows], axis=1, kind="stable")[:, :width]  # list order decides ties, so it is kept
+            base = np.take_along_axis(np.where(live[rows], g.base[rows], -np.inf), order, axis=1)
+            slopes = np.take_along_axis(g.slopes[:, rows], order[None], axis=2)
+            group = _Group(g.rows[rows], base, slopes, np.take_along_axis(g.errors[rows], order, axis=1))
+            buckets.setdefault(int(width), []).append(_widened(group, int(width)))
+    return tuple(
+        _Group(np.concatenate([g.rows for g in same]), np.concatenate([g.base for g in same]),
+               np.concatenate([g.slopes for g in same], axis=1), np.concatenate([g.errors for g in same]))
+        for _, same in sorted(buckets.items())
+    )
+
+
+def _widened(g: _Group, width: int) -> _Group:
+    missing = width - g.base.shape[1]
+    if missing <= 0:
+        return g
+    pad = ((0, 0), (0, missing))
+    return _Group(g.rows, np.pad(g.base, pad, constant_values=-np.inf), np.pad(g.slopes, ((0, 0), *pad)), np.pad(g.errors, pad))
+
+
+def _envelope(offset: Floats, slope: Floats, errors: Ints, weights: Ints, *, low: float, high: float) -> tuple[int, Floats, Ints]:
+    """(weighted errors at low, places where the winner of an utterance changes, weighted changes of its errors) for lines [n, h].
+
+    All utterances walk at once from winner to winner; the next one is whichever steeper line crosses first.
+    """
+    row = np.arange(len(offset))
+    current = (offset + low * slope).argmax(axis=1)
+    first = int(errors[row, current] @ weights)
+    places, changes = [np.zeros(0)], [np.zeros(0, np.int64)]
+    while len(row):
+        steeper = slope[row] - slope[row, current][:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            crossing = np.where(steeper > 0, (offset[row, current][:, None] - offset[row]) / steeper, np.inf)
+        nearest = crossing.min(axis=1)
+        following = np.where(crossing == nearest[:, None], steeper, -np.inf).argmax(axis=1)
+        moves = nearest < high
+        change = (errors[row, following] - errors[row, current]) * weights[row]
+        places.append(nearest[moves & (change != 0)])
+        changes.append(change[moves & (change != 0)])
+        row, current = row[moves], following[moves]
+    return first, np.maximum(np.concatenate(places), low), np.concatenate(changes)
+
+
+def _stretches(edges: Floats, errors: Ints) -> tuple[Floats, Floats, Ints]:
+    """(starts, ends, errors) of the stretches of equal errors; those of no width are left out, unless all are."""
+    wide = np.diff(edges) > 1e-12 * max(1.0, float(np.abs(edges).max()))
+    if not wide.any():
+        return edges[:1], edges[-1:], errors[-1:]
+    starts, ends, errors = edges[:-1][wide], edges[1:][wide], errors[wide]
+    new = np.concatenate([[True], errors[1:] != errors[:-1]])
+    return starts[new], ends[np.concatenate([new[1:], [True]])], errors[new]

@@ -1,0 +1,5 @@
+"""Models: encoders, CTC, AED and language models, as what they compute and as Scorers."""
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded or cannot serve as asked; the message is one line: which, why, what to do."""

@@ -1,0 +1,182 @@
+"""CTC models: a batch gives what each utterance gives alone, windows cover long audio once, folders load again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    HubertConfig,
+    HubertForCTC,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+)
+
+from duolect.audio.features import whisper_log_mel
+from duolect.models import ModelError
+from duolect.models.ctc import CtcModel, HuggingFaceCtc, load_acoustic_model
+from duolect.models.encoders import WhisperDims, WhisperEncoder
+from duolect.vocabulary import CharacterVocabulary
+
+CHARACTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE"]
+
+
+def tiny(*, merge_after: int | None = 1, stack: int = 1, window_seconds: float = 28.0) -> CtcModel:
+    torch.manual_seed(0)
+    encoder = WhisperEncoder(WhisperDims(mels=80, dim=16, layers=2, heads=2, positions=1500, merge_after=merge_after))
+    return CtcModel(encoder, CharacterVocabulary(CHARACTERS), stack=stack, window_seconds=window_seconds).eval()
+
+
+def noise(seconds: float, seed: int) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(int(seconds * 16000)) * 0.1).astype(np.float32)
+
+
+@pytest.mark.parametrize(("merge_after", "stack"), [(1, 1), (None, 2), (None, 1)])
+def test_batch_gives_what_each_gives_alone(merge_after: int | None, stack: int) -> None:
+    model = tiny(merge_after=merge_after, stack=stack)
+    audios = [noise(s, i) for i, s in enumerate((1.0, 0.01, 2.33, 0.5))]
+    together = model.log_probs_of(audios)
+    assert together.log_probs.dtype == torch.float32
+    assert model.seconds_per_frame == pytest.approx(0.02 if (merge_after, stack) == (None, 1) else 0.04)
+    for i, audio in enumerate(audios):
+        alone = model.log_probs_of([audio])
+        n = int(alone.lengths[0])
+        assert n == int(together.lengths[i]) == -(-len(audio) // round(16000 * model.seconds_per_frame))
+        torch.testing.assert_close(together.log_probs[i, :n], alone.log_probs[0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(together.log_probs[i, n:].argmax(-1), torch.zeros(together.log_probs.shape[1] - n, dtype=torch.long))
+
+
+def test_nothing_is_nothing() -> None:
+    assert tiny().log_probs_of([]).log_probs.shape == (0, 0, len(CHARACTERS))
+
+
+@pytest.mark.parametrize("seconds", [28.0, 28.01, 40.0, 61.337])
+def test_windows_cover_long_audio_once(seconds: float) -> None:
+    model = tiny()
+    frames = round(seconds * 100)
+    windows = list(model._windows(0, frames, 4))
+    assert [w.keep_from for w in windows] == [0, *(w.keep_to for w in windows[:-1])] and windows[-1].keep_to == frames
+    for w in windows:
+        assert w.start <= w.keep_from < w.keep_to <= w.end <= frames and w.end - w.start <= 2800
+        assert w.start % 4 == w.keep_from % 4 == 0
+        assert w.start == 0 or w.keep_from - w.start >= 196  # two seconds of context, less a frame of rounding
+    output = model.log_probs_of([noise(seconds, 3)])
+    assert output.lengths.tolist() == [-(-frames // 4)]
+
+
+def test_stitched_windows_are_those_of_the_encoder() -> None:
+    model, audio = tiny(window_seconds=6.0), noise(13.0, 4)
+    features = whisper_log_mel(torch.from_numpy(audio))
+    output = model.log_probs_of([audio])
+    (first, *_) = windows = list(model._windows(0, len(features), 4))
+    assert len(windows) > 2
+    with torch.inference_mode():
+        part = model(features[None, first.start : first.end], torch.tensor([first.end - first.start]))
+    torch.testing.assert_close(output.log_probs[0, : first.keep_to // 4], part.log_probs[0, : first.keep_to // 4], atol=1e-4, rtol=1e-4)
+
+
+def test_folder_loads_again(tmp_path: Path) -> None:
+    model = tiny()
+    model.save(tmp_path / "m", card="# a card\n", dtype=torch.float32)
+    again = load_acoustic_model(tmp_path / "m")
+    assert isinstance(again, CtcModel) and not again.training
+    assert again.vocabulary.digest() == model.vocabulary.digest()
+    torch.testing.assert_close(again.log_probs_of([noise(1, 0)]).log_probs, model.log_probs_of([noise(1, 0)]).log_probs)
+    assert (tmp_path / "m" / "README.md").read_text() == "# a card\n"
+
+
+def test_folder_in_half_precision_is_close(tmp_path: Path) -> None:
+    model = tiny()
+    model.save(tmp_path, card="")
+    again = CtcModel.load(tmp_path)
+    assert again.head.weight.dtype == torch.float32
+    got, expected = (x.log_probs_of([noise(1, 0)]).log_probs for x in (again, model))
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
+
+
+def test_folder_errors_name_folder_and_next_step(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json: is missing.*no model folder"):
+        load_acoustic_model(tmp_path)
+    tiny().save(tmp_path, card="")
+    CharacterVocabulary([*CHARACTERS, "Z"]).save(tmp_path)
+    with pytest.raises(ModelError, match="files of two models are mixed"):
+        load_acoustic_model(tmp_path)
+    tiny().save(tmp_path, card="")
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match="does not fit"):
+        load_acoustic_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_acoustic_model(tmp_path)
+
+
+def test_a_vocabulary_without_blank_is_refused() -> None:
+    encoder = WhisperEncoder(WhisperDims(mels=80, dim=16, layers=1, heads=2))
+    with pytest.raises(ModelError, match="has no blank"):
+        CtcModel(encoder, CharacterVocabulary(CHARACTERS[1:], blank=None))
+
+
+SMALL = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "num_feat_extract_layers": 3,
+    "conv_dim": (8, 8, 8), "conv_kernel": (10, 8, 4), "conv_stride": (5, 8, 8), "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2, "vocab_size": len(CHARACTERS) + 2, "pad_token_id": 0,
+}
+
+
+def hugging_face(folder: Path, config: type, model: type, norm: str) -> Path:
+    torch.manual_seed(3)
+    model(config(**SMALL, feat_extract_norm=norm, do_stable_layer_norm=norm == "layer")).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(CHARACTERS)}))
+    Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("config", "model"), [(Wav2Vec2Config, Wav2Vec2ForCTC), (HubertConfig, HubertForCTC)])
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_hugging_face_models_do_not_hear_the_batch(tmp_path: Path, config: type, model: type, norm: str) -> None:
+    am = load_acoustic_model(hugging_face(tmp_path, config, model, norm))
+    assert isinstance(am, HuggingFaceCtc) and am.together == (norm == "layer")
+    audios = [noise(s, i) for i, s in enumerate((0.7, 0.01, 1.3))]
+    batch = am.log_probs_of(audios)
+    for i, audio in enumerate(audios):
+        alone = am.log_probs_of([audio])
+        assert int(alone.lengths[0]) == int(batch.lengths[i])
+        torch.testing.assert_close(batch.log_probs[i, : batch.lengths[i]], alone.log_probs[0], atol=1e-4, rtol=1e-4)
+    assert am.seconds_per_frame == pytest.approx(0.02)
+
+
+def test_hugging_face_tokenizer_becomes_characters(tmp_path: Path) -> None:
+    vocabulary = load_acoustic_model(hugging_face(tmp_path, Wav2Vec2Config, Wav2Vec2ForCTC, "group")).vocabulary
+    assert isinstance(vocabulary, CharacterVocabulary)
+    assert vocabulary.blank == 0 and vocabulary.size == len(CHARACTERS) + 2
+    assert vocabulary.encode("abe dad") == [5, 6, 9, 4, 8, 5, 8] and vocabulary.decode([5, 0, 4, 6]) == "A B"
+
+
+def test_what_is_no_ctc_model_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="is no CTC model that can be loaded") as error:
+        load_acoustic_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_parakeet_does_not_hear_the_batch() -> None:
+    from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetFeatureExtractor, ParakeetForCTC
+
+    torch.manual_seed(4)
+    encoder = ParakeetEncoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_mel_bins=80,
+                                    subsampling_conv_channels=8)
+    model = ParakeetForCTC(ParakeetCTCConfig(vocab_size=len(CHARACTERS), pad_token_id=0, encoder_config=encoder.to_dict()))
+    am = HuggingFaceCtc(model, ParakeetFeatureExtractor(feature_size=80), CharacterVocabulary(CHARACTERS))
+    audios = [noise(s, i) for i, s in enumerate((0.7, 1.3, 0.31))]
+    batch = am.log_probs_of(audios)
+    for i, audio in enumerate(audios):
+        alone = am.log_probs_of([audio])
+        assert int(alone.lengths[0]) == int(batch.lengths[i])
+        torch.testing.assert_close(batch.log_probs[i, : batch.lengths[i]], alone.log_probs[0], atol=1e-3, rtol=1e-3)
+    assert am.seconds_per_frame == pytest.approx(0.08)
