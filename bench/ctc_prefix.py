@@ -256,14 +256,16 @@ def prepared(size: Size, kinds: Sequence[type[Contender]], absent: dict[str, str
     return ready, setup
 
 
-def measured(size: Size, *, kinds: Sequence[type[Contender]], repetitions: int, steps: int, seconds: float, absent: dict[str, str]) -> dict[str, Any]:
+def measured(size: Size, *, kinds: Sequence[type[Contender]], repetitions: int, steps: int, seconds: float,
+             absent: dict[str, str]) -> dict[str, Any]:
     """One line of the table. Raises SystemExit where a contender gives other scores."""
     ready, setup = prepared(size, kinds, absent)
     ours = ready[0]
     assert isinstance(ours, Duolect)
     moves = moves_of(size, ours, steps=steps)
     wanted = replayed(ours, moves)[0]
-    differences = {c.name: difference(wanted, replayed(c, moves)[0], moves, only_candidates=c.name == EspnetCandidates.name) for c in ready[1:]}
+    differences = {c.name: difference(wanted, replayed(c, moves)[0], moves, only_candidates=isinstance(c, EspnetCandidates))
+                   for c in ready[1:]}
     if wrong := {name: d for name, d in differences.items() if not d <= TOLERANCE}:
         sys.exit(f"error: scores differ at {size}: {wrong}; nothing was timed")
     taken: dict[str, list[float]] = {c.name: [] for c in ready}
@@ -283,8 +285,11 @@ def _row(size: Size, step: dict[str, Timing], setup: dict[str, float], differenc
     for name in step:
         if name != "duolect":
             row[f"x {name}"] = harness.times(step[name], step["duolect"])
-    row["details"] = {name: {"median_ms": milliseconds(t.median), "min_ms": milliseconds(t.least), "samples": t.count,
-                             "setup_ms": milliseconds(setup[name]), "max_difference": differences.get(name, 0.0)} for name, t in step.items()}
+    row["details"] = {
+        name: {"median_ms": milliseconds(t.median), "min_ms": milliseconds(t.least), "count": t.count,
+               "setup_ms": milliseconds(setup[name]), "max_difference": differences.get(name, 0.0)}
+        for name, t in step.items()
+    }
     return row
 
 
@@ -313,8 +318,7 @@ def main() -> None:
     with torch.inference_mode():
         for size in sizes(args.quick):
             print(f"{size} ...", file=sys.stderr, flush=True)
-            rows.append(measured(size, kinds=kinds, repetitions=2 if args.quick else args.repetitions, steps=args.steps, seconds=args.seconds,
-                                 absent=absent))
+            rows.append(measured(size, kinds=kinds, repetitions=args.repetitions, steps=args.steps, seconds=args.seconds, absent=absent))
     notes = [f"{name} is left out: {why}" for name, why in absent.items()]
     worst = max(d["max_difference"] for row in rows for d in row["details"].values())
     notes.append(f"scores of every contender equal duolect's within {worst:.1e} at every step, for every label above log p {COMPARED:.0f}")

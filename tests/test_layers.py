@@ -63,7 +63,10 @@ def test_every_room_has_a_floor():
     assert {unit(p) for p in FILES} - {"__init__"} <= set(FLOOR)
 
 
-@pytest.mark.parametrize("module", ["duolect.cli", "duolect.cli.recognition", "duolect.cli.evaluation", "duolect.evaluate.tune", "duolect.scorer", "duolect.config"])
+@pytest.mark.parametrize(
+    "module",
+    ["duolect.cli", "duolect.cli.recognition", "duolect.cli.evaluation", "duolect.evaluate.tune", "duolect.scorer", "duolect.config"],
+)
 def test_light_modules_do_not_import_torch(module):
     code = f"import {module}, sys; sys.exit(any(x in sys.modules for x in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

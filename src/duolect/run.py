@@ -19,8 +19,18 @@ from typing import Any
 from duolect import __version__
 from duolect.config import ConfigError, diff, digest, from_json, to_json
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "sentencepiece", "soundfile", "soxr", "kaldialign",
-            "whisper-normalizer")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "sentencepiece",
+    "soundfile",
+    "soxr",
+    "kaldialign",
+    "whisper-normalizer",
+)
 
 
 class RunError(ValueError):

@@ -94,7 +94,9 @@ class Recognized:
 
     def to_json(self) -> dict[str, Any]:
         line: dict[str, Any] = {**self.fields, **self.extra, "pred_text": self.text, "time": round(self.seconds, 4)}
-        line["nbest"] = [{"text": h.text, "labels": list(h.labels), "parts": {k: round(v, 5) for k, v in h.parts.items()}} for h in self.nbest]
+        line["nbest"] = [
+            {"text": h.text, "labels": list(h.labels), "parts": {k: round(v, 5) for k, v in h.parts.items()}} for h in self.nbest
+        ]
         if self.error is not None:
             line["error"] = self.error
         return line
@@ -126,7 +128,9 @@ def read_hypotheses(path: str | Path) -> Iterator[Recognized]:
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                 if not line.endswith("\n"):
                     return
-                raise HypothesesError(f"{path}:{number}: not a hypotheses line ({type(error).__name__}: {error}); expected JSON with id, text, nbest") from error
+                raise HypothesesError(
+                    f"{path}:{number}: not a hypotheses line ({type(error).__name__}: {error}); expected JSON with id, text, nbest"
+                ) from error
 
 
 def write_hypotheses(path: str | Path, recognized: Sequence[Recognized]) -> None:

@@ -66,6 +66,11 @@ class Vocabulary(ABC):
         before = " " if joint == "space" else ""
         return [x for i, word in enumerate(text.split()) for x in self.encode((before if i else "") + word)]
 
+    @cached_property
+    def word_starts(self) -> tuple[bool, ...]:
+        """`starts_word` of every label."""
+        return tuple(self.starts_word(i) for i in range(self.size))
+
     def encode_word(self, word: str, *, first: bool) -> list[int]:
         """Labels of one word inside a text (`first`: nothing precedes it), such that whole text == its words in a row.
 
@@ -76,7 +81,15 @@ class Vocabulary(ABC):
                 f"vocabulary {self.digest()}: the labels of a text are not those of its words in a row (its pre-tokenizer crosses "
                 "spaces), so hypotheses cannot be converted word by word; rescore finished texts instead (when=at_end)"
             )
-        return self.encode(word if first or self.word_joint == "dummy" else " " + word)
+        key = word if first or self.word_joint == "dummy" else " " + word
+        # A search asks for the same few words again and again, and tokenizers take a tenth of a millisecond each time.
+        if key not in self._encoded:
+            self._encoded[key] = self.encode(key)
+        return self._encoded[key]
+
+    @cached_property
+    def _encoded(self) -> dict[str, list[int]]:
+        return {}
 
     @cached_property
     def _digest(self) -> str:
@@ -136,8 +149,16 @@ class SentencePieceVocabulary(Vocabulary):
 class CharacterVocabulary(Vocabulary):
     """Single symbols in a fixed order, as wav2vec2-type CTC models have them; `delimiter` stands for the space."""
 
-    def __init__(self, symbols: Sequence[str], *, delimiter: str = "|", blank: str | None = "<pad>", bos: str = "<s>", eos: str = "</s>",
-                 unknown: str = "<unk>") -> None:
+    def __init__(
+        self,
+        symbols: Sequence[str],
+        *,
+        delimiter: str = "|",
+        blank: str | None = "<pad>",
+        bos: str = "<s>",
+        eos: str = "</s>",
+        unknown: str = "<unk>",
+    ) -> None:
         index = {symbol: i for i, symbol in enumerate(symbols)}
         if len(index) != len(symbols):
             raise VocabularyError("a symbol stands twice in the character vocabulary")
@@ -184,7 +205,8 @@ class TokenizerVocabulary(Vocabulary):
 
     def __init__(self, tokenizer: Any, *, bos: int | None = None, eos: int | None = None, blank: int | None = None) -> None:
         self.tokenizer = tokenizer
-        self.size = max(len(tokenizer), 1 + (blank if blank is not None else -1))
+        self._pieces = [str(p) for p in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+        self.size = max(len(self._pieces), 1 + (blank if blank is not None else -1))
         self.blank = blank
         own_eos, own_bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         ends = [x for x in (eos, own_eos, own_bos) if x is not None]
@@ -194,7 +216,7 @@ class TokenizerVocabulary(Vocabulary):
         starts = [x for x in (bos, own_bos, self.eos) if x is not None]
         self.bos = starts[0]
         self._special = set(tokenizer.all_special_ids) | {self.bos, self.eos} | ({blank} if blank is not None else set())
-        self._continues = any(str(p).startswith("##") for p in tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), 5000))))
+        self._continues = any(p.startswith("##") for p in self._pieces)
 
     @classmethod
     def load(cls, folder: str | Path, *, bos: int | None = None, eos: int | None = None, **options: Any) -> TokenizerVocabulary:
@@ -211,9 +233,7 @@ class TokenizerVocabulary(Vocabulary):
         return self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def piece(self, label: int) -> str:
-        if label >= len(self.tokenizer):
-            return f"<{label}>"
-        return str(self.tokenizer.convert_ids_to_tokens(int(label)))
+        return self._pieces[label] if label < len(self._pieces) else f"<{label}>"
 
     def starts_word(self, label: int) -> bool:
         if label in self._special:
@@ -230,7 +250,9 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
     """The vocabulary that `Vocabulary.save` wrote into a model folder."""
     path = Path(folder) / VOCABULARY_FILE
     if not path.is_file():
-        raise VocabularyError(f"{path} is missing: {folder} is not a model folder of duolect (hub models are named by id or by their own folder)")
+        raise VocabularyError(
+            f"{path} is missing: {folder} is not a model folder of duolect (hub models are named by id or by their own folder)"
+        )
     fields = json.loads(path.read_text())
     kind = fields.pop("type", None)
     if kind == "sentencepiece":

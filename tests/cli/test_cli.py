@@ -45,9 +45,13 @@ def test_transcribe_prints_and_writes(duolect, zoo, with_models, tmp_path):
 
 
 def test_decode_rescore_tune_score_make_a_chain(duolect, zoo, with_models, tmp_path):
-    code, _, err = duolect("decode", "--data", zoo["corpus"], "--out", tmp_path / "a.jsonl", *with_models, "--decoding", "ctc", "--nbest", "5")
+    code, _, err = duolect(
+        "decode", "--data", zoo["corpus"], "--out", tmp_path / "a.jsonl", *with_models, "--decoding", "ctc", "--nbest", "5"
+    )
     assert code == 0 and "WER" in err
-    code, _, _ = duolect("rescore", "--hypotheses", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl", "--lm", zoo["llm"], "--device", "cpu")
+    code, _, _ = duolect(
+        "rescore", "--hypotheses", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl", "--lm", zoo["llm"], "--device", "cpu"
+    )
     assert code == 0
     code, out, _ = duolect("tune", "--hypotheses", tmp_path / "b.jsonl", "--out", tmp_path / "scales" / "llm.json")
     assert code == 0 and "cross-validated" in out
@@ -56,8 +60,20 @@ def test_decode_rescore_tune_score_make_a_chain(duolect, zoo, with_models, tmp_p
     code, out, _ = duolect("score", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--errors", "1", "--json", tmp_path / "s.json")
     assert code == 0 and "REF:" in out and "norm:whisper-english" in out
     assert json.loads((tmp_path / "s.json").read_text())
-    code, _, err = duolect("decode", "--data", zoo["corpus"], "--out", tmp_path / "c.jsonl", *with_models, "--decoding", "delayed",
-                           "--scales", tmp_path / "scales", "--set", "beam=3")
+    code, _, err = duolect(
+        "decode",
+        "--data",
+        zoo["corpus"],
+        "--out",
+        tmp_path / "c.jsonl",
+        *with_models,
+        "--decoding",
+        "delayed",
+        "--scales",
+        tmp_path / "scales",
+        "--set",
+        "beam=3",
+    )
     assert code == 0 and "tuned on" in err
 
 
@@ -71,7 +87,9 @@ def test_decode_can_be_repeated_to_the_bit(duolect, zoo, with_models, tmp_path):
 
 def test_compare_writes_a_table_of_all_that_was_asked(duolect, zoo, with_models, tmp_path):
     names = ["ctc-greedy", "ctc", "rescore", "delayed-prior", "labelwise"]
-    code, out, _ = duolect("compare", "--data", zoo["corpus"], *with_models, "--decodings", *names, "--out", tmp_path, "--nbest", "4", "--beam", "3")
+    code, out, _ = duolect(
+        "compare", "--data", zoo["corpus"], *with_models, "--decodings", *names, "--out", tmp_path, "--nbest", "4", "--beam", "3"
+    )
     assert code == 0
     assert "CTC greedy" in out and "label-wise" in out
     assert (tmp_path / "table.md").read_text().count("\n| ") >= len(names)
@@ -90,7 +108,9 @@ def test_a_corpus_with_bad_lines_goes_on_and_ends_with_1(duolect, zoo, with_mode
     lines[5] = "{broken"
     lines[6] = json.dumps({"audio_filepath": "../../etc/passwd", "text": "x"})
     (tmp_path / "corpus" / "manifest.jsonl").write_text("\n".join(lines))
-    code, _, err = duolect("decode", "--data", tmp_path / "corpus" / "manifest.jsonl", "--out", tmp_path / "o.jsonl", *with_models, "--decoding", "ctc")
+    code, _, err = duolect(
+        "decode", "--data", tmp_path / "corpus" / "manifest.jsonl", "--out", tmp_path / "o.jsonl", *with_models, "--decoding", "ctc"
+    )
     assert code == 1
     assert "4 failed" in err and "manifest.jsonl:6" in err and "manifest.jsonl:7" in err and "u2" in err and "u3" in err
     found = {r.id: r for r in read_hypotheses(tmp_path / "o.jsonl")}

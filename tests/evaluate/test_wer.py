@@ -122,8 +122,13 @@ REFERENCES = {"a": "one two three", "b": "four five", "c": "", "d": "six"}
 
 
 def test_score_keeps_failed_and_empty_utterances():
-    found = score(REFERENCES, {"a": "one too three", "b": None, "c": "noise", "d": ""}, normalizer=NONE, corpus="toy",
-                  domains={"a": "read", "b": "read", "c": "call", "d": "call"})
+    found = score(
+        REFERENCES,
+        {"a": "one too three", "b": None, "c": "noise", "d": ""},
+        normalizer=NONE,
+        corpus="toy",
+        domains={"a": "read", "b": "read", "c": "call", "d": "call"},
+    )
     assert found.errors == Errors(1, 3, 1, 6)
     assert found.failed == ("b",)
     assert found.empty_references == ("c",)
@@ -227,8 +232,10 @@ def test_compare_refuses_what_cannot_be_compared():
 
 def line(key: str, text: str | None, hypothesis: str | None, **fields: object) -> Recognized:
     given = {"id": key, **({} if text is None else {"text": text}), **fields}
-    return Recognized(given, []) if hypothesis == "" else (
-        Recognized(given, [], error="corrupt") if hypothesis is None else Recognized(given, [Hypothesis((), hypothesis, {})])
+    return (
+        Recognized(given, [])
+        if hypothesis == ""
+        else (Recognized(given, [], error="corrupt") if hypothesis is None else Recognized(given, [Hypothesis((), hypothesis, {})]))
     )
 
 

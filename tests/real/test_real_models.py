@@ -72,7 +72,9 @@ def test_real_tokenizers_cut_texts_word_by_word(models, name):
 def test_delayed_fusion_with_smollm_is_exact(letters, smollm):
     x = random_log_probs(2, 4, letters, seed=21)
     lengths = torch.tensor([4, 3])
-    got = ctc_beam_search(x, lengths, vocabulary=letters, beam=2000, fused={"llm": Fused(scorer=Retokenized(smollm, letters), scale=0.3, when=every(2))})
+    got = ctc_beam_search(
+        x, lengths, vocabulary=letters, beam=2000, fused={"llm": Fused(scorer=Retokenized(smollm, letters), scale=0.3, when=every(2))}
+    )
     for b, n in enumerate(lengths.tolist()):
         ctc = {y: s for y, s in all_alignments(x[b, :n], letters.blank).items() if s > -1e6}
         assert len(got[b]) == len(ctc)

@@ -34,8 +34,14 @@ def zoo(tmp_path_factory) -> dict[str, Path]:
         lm = tiny_lm("llama", vocabulary)
         lm.model.save_pretrained(root / name)
         vocabulary.save(root / name)
-    (root / "am" / "priors.json").write_text(json.dumps({
-        "vocabulary": am.vocabulary.digest(), "priors": {"softmax": [-2.0] * am.vocabulary.size, "counts": [-3.0] * am.vocabulary.size}}))
+    (root / "am" / "priors.json").write_text(
+        json.dumps(
+            {
+                "vocabulary": am.vocabulary.digest(),
+                "priors": {"softmax": [-2.0] * am.vocabulary.size, "counts": [-3.0] * am.vocabulary.size},
+            }
+        )
+    )
     rng = np.random.default_rng(1)
     (root / "corpus").mkdir()
     with open(root / "corpus" / "manifest.jsonl", "w") as manifest:
@@ -43,7 +49,14 @@ def zoo(tmp_path_factory) -> dict[str, Path]:
             seconds = 0.4 + 0.25 * ((i * 3) % 5)
             audio = rng.normal(0, 0.1, int(16000 * seconds)) * np.sin(np.arange(int(16000 * seconds)) / (20 + 9 * i))
             soundfile.write(root / "corpus" / f"u{i}.wav", audio, 16000)
-            line = {"id": f"u{i}", "audio_filepath": f"u{i}.wav", "duration": seconds, "text": text, "domain": "ab"[i % 2], "speaker": f"s{i % 3}"}
+            line = {
+                "id": f"u{i}",
+                "audio_filepath": f"u{i}.wav",
+                "duration": seconds,
+                "text": text,
+                "domain": "ab"[i % 2],
+                "speaker": f"s{i % 3}",
+            }
             manifest.write(json.dumps(line) + "\n")
     return {name: root / name for name in ("am", "unit", "llm", "corpus")}
 

@@ -33,14 +33,18 @@ def with_whisper(models: Models) -> Models:
 
 def recognized(recognizer: Recognizer, zoo, name: str, order=None):
     utterances = open_source(zoo["corpus"]).utterances
-    found = {r[name].id: r[name] for r in recognizer.recognize(utterances if order is None else [utterances[i] for i in order], progress=False)}
+    found = {
+        r[name].id: r[name] for r in recognizer.recognize(utterances if order is None else [utterances[i] for i in order], progress=False)
+    }
     return [found[u.id] for u in utterances]
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_named_decoding_gives_the_same_in_any_batch(zoo, models, name):
     decodings = {name: decoding_of(name, ingredients(zoo))}
-    together = recognized(Recognizer(with_whisper(models), str(zoo["am"]), decodings, batch_seconds=100), zoo, name, order=[3, 0, 6, 2, 5, 1, 4])
+    together = recognized(
+        Recognizer(with_whisper(models), str(zoo["am"]), decodings, batch_seconds=100), zoo, name, order=[3, 0, 6, 2, 5, 1, 4]
+    )
     alone = recognized(Recognizer(models, str(zoo["am"]), decodings, batch_seconds=0.1), zoo, name)
     scales = decodings[name].scales()
     for a, b in zip(together, alone, strict=True):
@@ -78,9 +82,11 @@ def test_bad_files_fail_alone(zoo, models, tmp_path):
     source = open_source(zoo["corpus"]).utterances
     (tmp_path / "broken.wav").write_bytes(b"RIFF nonsense")
     soundfile.write(tmp_path / "silent.wav", np.zeros(0), 16000)
-    bad = [replace(source[0], id="broken", audio=tmp_path / "broken.wav", fields={**source[0].fields, "id": "broken"}),
-           replace(source[0], id="missing", audio=tmp_path / "nowhere.wav", fields={**source[0].fields, "id": "missing"}),
-           replace(source[0], id="empty", audio=tmp_path / "silent.wav", fields={**source[0].fields, "id": "empty"})]
+    bad = [
+        replace(source[0], id="broken", audio=tmp_path / "broken.wav", fields={**source[0].fields, "id": "broken"}),
+        replace(source[0], id="missing", audio=tmp_path / "nowhere.wav", fields={**source[0].fields, "id": "missing"}),
+        replace(source[0], id="empty", audio=tmp_path / "silent.wav", fields={**source[0].fields, "id": "empty"}),
+    ]
     recognizer = Recognizer(models, str(zoo["am"]), {"it": Greedy()})
     lines = decode_to_file(recognizer, "it", [*source[:2], *bad, *source[2:]], tmp_path / "out.jsonl", progress=False)
     assert [r.id for r in lines if r.error] == ["broken", "missing", "empty"]
@@ -195,7 +201,12 @@ def test_decodings_from_files_and_overrides(zoo, tmp_path):
 
 def test_a_missing_prior_and_a_beam_of_nothing_are_said(zoo, models):
     with pytest.raises(PriorError, match="it has softmax, counts"):
-        list(Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(2, {"p": Prior("nonsense", -0.1)})}).recognize(
-            open_source(zoo["corpus"]).utterances, progress=False))
+        list(
+            Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(2, {"p": Prior("nonsense", -0.1)})}).recognize(
+                open_source(zoo["corpus"]).utterances, progress=False
+            )
+        )
     with pytest.raises(SearchError, match="beam of 0"):
-        list(Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(0)}).recognize(open_source(zoo["corpus"]).utterances, progress=False))
+        list(
+            Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(0)}).recognize(open_source(zoo["corpus"]).utterances, progress=False)
+        )

@@ -49,7 +49,9 @@ def test_without_fusion_every_label_sequence_has_its_exact_score(letters, recomb
     for b, n in enumerate(LENGTHS.tolist()):
         wanted = {y: s for y, s in all_alignments(x[b, :n], letters.blank, combine=recombine).items() if s > -1e6}
         assert {h.labels: h.parts["ctc"] for h in got[b]} == pytest.approx(wanted, abs=2e-4)
-        assert [h.parts["ctc"] for h in got[b]] == sorted(wanted.values(), reverse=True) or got[b][0].parts["ctc"] == pytest.approx(max(wanted.values()), abs=2e-4)
+        assert [h.parts["ctc"] for h in got[b]] == sorted(wanted.values(), reverse=True) or got[b][0].parts["ctc"] == pytest.approx(
+            max(wanted.values()), abs=2e-4
+        )
 
 
 @pytest.mark.parametrize("recombine", ["sum", "max"])
@@ -61,7 +63,14 @@ def test_with_a_wide_beam_no_schedule_matters(letters, schedule, kind, recombine
     lm = tiny_lm(kind, letters)
     x = frames(letters, groups=3)[:, :5]
     lengths = torch.tensor([5, 4, 2])
-    got = ctc_beam_search(x, lengths, vocabulary=letters, beam=EXHAUSTIVE, recombine=recombine, fused={"lm": Fused(scorer=lm, scale=0.7, when=SCHEDULES[schedule])})
+    got = ctc_beam_search(
+        x,
+        lengths,
+        vocabulary=letters,
+        beam=EXHAUSTIVE,
+        recombine=recombine,
+        fused={"lm": Fused(scorer=lm, scale=0.7, when=SCHEDULES[schedule])},
+    )
     for b, n in enumerate(lengths.tolist()):
         ctc = {y: s for y, s in all_alignments(x[b, :n], letters.blank, combine=recombine).items() if s > -1e6}
         assert len(got[b]) == len(ctc)
@@ -126,7 +135,9 @@ def test_scale_zero_is_ctc_alone(letters, schedule):
     x = frames(letters, most=8, groups=3, seed=6)
     lengths = torch.tensor([8, 6, 3])
     plain = ctc_beam_search(x, lengths, vocabulary=letters, beam=4)
-    fused = ctc_beam_search(x, lengths, vocabulary=letters, beam=4, fused={"lm": Fused(scorer=tiny_lm("llama", letters), scale=0.0, when=SCHEDULES[schedule])})
+    fused = ctc_beam_search(
+        x, lengths, vocabulary=letters, beam=4, fused={"lm": Fused(scorer=tiny_lm("llama", letters), scale=0.0, when=SCHEDULES[schedule])}
+    )
     assert [[h.labels for h in hs] for hs in plain] == [[h.labels for h in hs] for hs in fused]
 
 
@@ -169,7 +180,9 @@ def test_wrong_input_is_refused_with_the_next_step(letters, other_vocabularies):
     with pytest.raises(SearchError, match="beam of 0"):
         ctc_beam_search(x, n, vocabulary=letters, beam=0)
     with pytest.raises(VocabularyError, match="Retokenized"):
-        ctc_beam_search(x, n, vocabulary=letters, beam=2, fused={"llm": Fused(scorer=tiny_lm("llama", other_vocabularies["bytes"]), scale=1.0)})
+        ctc_beam_search(
+            x, n, vocabulary=letters, beam=2, fused={"llm": Fused(scorer=tiny_lm("llama", other_vocabularies["bytes"]), scale=1.0)}
+        )
     with pytest.raises(SearchError, match="at_word_end"):
         word_wise = Retokenized(tiny_lm("llama", other_vocabularies["bytes"]), letters, policy=TextPolicy(case="lower"))
         ctc_beam_search(x, n, vocabulary=letters, beam=2, fused={"llm": Fused(scorer=word_wise, scale=1.0)})

@@ -164,7 +164,10 @@ def test_label_search_of_a_batch_equals_each_alone(letters, beam, when):
     lengths = torch.tensor([9, 2, 7, 4, 9])
 
     def search(b):
-        fused = {"ctc": Fused(scorer=CtcPrefix(x[b], lengths[b], vocabulary=letters), scale=0.7), "lm": Fused(scorer=lm, scale=0.3, when=when)}
+        fused = {
+            "ctc": Fused(scorer=CtcPrefix(x[b], lengths[b], vocabulary=letters), scale=0.7),
+            "lm": Fused(scorer=lm, scale=0.3, when=when),
+        }
         return label_beam_search(fused, len(lengths[b]), beam=beam, max_labels=lengths[b])
 
     order = torch.tensor([4, 1, 0, 3, 2])

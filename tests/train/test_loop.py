@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from duolect.train.loop import Loss, Task, TrainConfig, TrainError, train
+from duolect.train.loop import Average, Loss, Task, TrainConfig, TrainError, train
 from duolect.train.optim import adamw, rate_share, set_rates
 
 CONFIG = TrainConfig(steps=10, learning_rates={"body": 0.01, "head": 0.1}, warmup_steps=2, log_every=5, validate_every=5, save_every=5)
@@ -58,9 +58,10 @@ def test_it_learns_and_writes_what_it_did(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "note").read_text().startswith("step 200")
 
 
-def test_five_and_five_more_are_ten(tmp_path: Path) -> None:
-    straight, first, second = Line(), Line(), Line()
-    train(straight, CONFIG, tmp_path / "straight")
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_five_and_five_more_are_ten(tmp_path: Path, average: float) -> None:
+    straight, first, second, config = Line(), Line(), Line(), replace(CONFIG, average=average)
+    expected = train(straight, config, tmp_path / "straight")
 
     def broken_off(batch: int, epoch: int) -> Loss:
         if len(first.heard) == 7:
@@ -69,11 +70,26 @@ def test_five_and_five_more_are_ten(tmp_path: Path) -> None:
 
     first.loss = broken_off  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        train(first, CONFIG, tmp_path / "resumed")
-    train(second, CONFIG, tmp_path / "resumed")
+        train(first, config, tmp_path / "resumed")
+    assert train(second, config, tmp_path / "resumed") == expected
     assert first.heard[:5] + second.heard == straight.heard == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21]
     for a, b in zip(straight.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_average_is_used_and_put_back() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    average = Average([parameter], 0.5)
+    for step in range(200):
+        parameter.data.fill_(float(step % 2))
+        average.update(step)
+    assert 0.6 < float(average.values[0][0]) < 0.7  # 1/2 of the last (1) + 1/4 of the one before (0) + ...
+    with pytest.raises(KeyError), average.used():
+        assert torch.equal(parameter, average.values[0])
+        raise KeyError
+    assert parameter.tolist() == [1.0, 1.0]
+    with Average([parameter], 0.0).used():
+        assert parameter.tolist() == [1.0, 1.0]
 
 
 def test_a_finished_run_is_not_trained_on(tmp_path: Path) -> None:

@@ -176,8 +176,23 @@ def _decode_by_ffmpeg(source: str | Path | bytes, where: str, start: bytes, erro
         else:
             packed = Path(source).absolute()
         # -xerror: half a file is an error here too. The whitelist: a playlist in disguise must not reach the network.
-        command = [program, "-nostdin", "-v", "error", "-xerror", "-protocol_whitelist", "file,pipe", "-i", f"file:{packed}",
-                   "-vn", "-c:a", "pcm_f32le", "-rf64", "auto", f"file:{unpacked}"]
+        command = [
+            program,
+            "-nostdin",
+            "-v",
+            "error",
+            "-xerror",
+            "-protocol_whitelist",
+            "file,pipe",
+            "-i",
+            f"file:{packed}",
+            "-vn",
+            "-c:a",
+            "pcm_f32le",
+            "-rf64",
+            "auto",
+            f"file:{unpacked}",
+        ]
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode:
             why = _one_line(done.stderr.decode(errors="replace")) or f"exit status {done.returncode}"
@@ -193,8 +208,18 @@ def _duration_by_ffprobe(path: Path, start: bytes, error: Exception) -> float:
     program = shutil.which("ffprobe")
     if program is None:
         raise _not_decodable(str(path), start, error)
-    command = [program, "-v", "error", "-protocol_whitelist", "file,pipe", "-show_entries", "format=duration", "-of", "csv=p=0",
-               f"file:{path.absolute()}"]
+    command = [
+        program,
+        "-v",
+        "error",
+        "-protocol_whitelist",
+        "file,pipe",
+        "-show_entries",
+        "format=duration",
+        "-of",
+        "csv=p=0",
+        f"file:{path.absolute()}",
+    ]
     done = subprocess.run(command, capture_output=True, check=False, text=True, errors="replace")
     try:
         return float(done.stdout)
@@ -205,10 +230,14 @@ def _duration_by_ffprobe(path: Path, start: bytes, error: Exception) -> float:
 
 def _not_decodable(where: str, start: bytes, error: Exception) -> AudioError:
     if start.startswith(_KNOWN_STARTS) or Path(where).suffix.lower() in _OURS:
-        return AudioError(f"{where}: cannot be decoded ({_one_line(error)}; it starts with {start[:8]!r}): "
-                          "it is corrupt or not what its name says; fetch it again or convert it to wav or flac")
-    return AudioError(f"{where}: its format is unknown to libsndfile ({_one_line(error)}; it starts with {start[:8]!r}): "
-                      "install ffmpeg (m4a, mp4, webm, wma, ...), or convert it to wav or flac")
+        return AudioError(
+            f"{where}: cannot be decoded ({_one_line(error)}; it starts with {start[:8]!r}): "
+            "it is corrupt or not what its name says; fetch it again or convert it to wav or flac"
+        )
+    return AudioError(
+        f"{where}: its format is unknown to libsndfile ({_one_line(error)}; it starts with {start[:8]!r}): "
+        "install ffmpeg (m4a, mp4, webm, wma, ...), or convert it to wav or flac"
+    )
 
 
 def _one_line(error: Exception | str) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
+ABOUT = (
+    "Speech to text with an acoustic model and a language model. `duolect <command> --help` says more; DUOLECT_DEBUG=1 shows tracebacks."
+)
+
 
 def main() -> None:
     """Runs `duolect <command> ...`. Exit code 0: all done; 1: some of it failed, as listed; 2: nothing could be done, as said."""
@@ -24,7 +28,7 @@ def main() -> None:
         "doctor": maintenance.doctor,
     }
     try:
-        code = tyro.extras.subcommand_cli_from_dict(commands, prog="duolect", description=__doc__and_hint(), sort_subcommands=False)
+        code = tyro.extras.subcommand_cli_from_dict(commands, prog="duolect", description=ABOUT, sort_subcommands=False)
     except KeyboardInterrupt:
         print("\nduolect: stopped; the same command continues what was not finished", file=sys.stderr)
         code = 130
@@ -36,7 +40,3 @@ def main() -> None:
         print(f"duolect: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
-
-
-def __doc__and_hint() -> str:
-    return "Speech to text with an acoustic model and a language model. `duolect <command> --help` says more; DUOLECT_DEBUG=1 shows tracebacks."

@@ -40,7 +40,9 @@ def score(
     for path in hypotheses:
         lines = list(read_hypotheses(path))
         name = path.stem if len({p.stem for p in hypotheses}) == len(hypotheses) else str(path)
-        scores[name] = score_recognized(lines, normalizer=normalizer_of(normalizer), unit=unit, merge_compounds=compounds == "merged", corpus=path.stem)
+        scores[name] = score_recognized(
+            lines, normalizer=normalizer_of(normalizer), unit=unit, merge_compounds=compounds == "merged", corpus=path.stem
+        )
         seconds[name] = sum(r.seconds for r in lines)
         audio = max(audio, sum(float(r.fields.get("duration") or 0.0) for r in lines))
     table = rows(scores, seconds=seconds, audio_seconds=audio)

@@ -28,7 +28,9 @@ def models(action: Positional[Literal["list", "pull", "where"]] = "list", names:
     return 0
 
 
-def prior(data: Path, am: str = "duolect-ctc", out: Path | None = None, limit: Annotated[int, arg(help="Utterances looked at, at most.")] = 500) -> int:
+def prior(
+    data: Path, am: str = "duolect-ctc", out: Path | None = None, limit: Annotated[int, arg(help="Utterances looked at, at most.")] = 500
+) -> int:
     """Estimates the label priors of an acoustic model: the mean of its softmax over audio, and counts of the transcripts.
 
     Args:
@@ -63,8 +65,15 @@ def prior(data: Path, am: str = "duolect-ctc", out: Path | None = None, limit: A
     if texts:
         priors["counts"] = count_prior(texts, model.vocabulary)
     target = (out or Path(resolve(am))) / PRIORS_FILE
-    write_json(target, {"vocabulary": model.vocabulary.digest(), "data": data.parent.name, "utterances": len(outputs),
-                        "priors": {name: [round(x, 4) for x in p.tolist()] for name, p in priors.items()}})
+    write_json(
+        target,
+        {
+            "vocabulary": model.vocabulary.digest(),
+            "data": data.parent.name,
+            "utterances": len(outputs),
+            "priors": {name: [round(x, 4) for x in p.tolist()] for name, p in priors.items()},
+        },
+    )
     print(f"{target}: {', '.join(priors)} from {len(outputs)} utterances and {len(texts)} transcripts")
     for line in failed:
         print(f"  {line}", file=sys.stderr)
@@ -79,9 +88,19 @@ def doctor() -> int:
 
     problems: list[str] = []
     print(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
-    wanted = {"torch": "", "transformers": "", "tokenizers": "", "sentencepiece": "", "soundfile": "", "soxr": "", "kaldialign": "", "whisper-normalizer": "",
-              "gguf": "pip install 'duolect[gguf]' (to pull smollm2-135m and to load .gguf files)",
-              "accelerate": "pip install 'duolect[gguf]'", "matplotlib": "pip install 'duolect[plots]' (for pictures)"}
+    wanted = {
+        "torch": "",
+        "transformers": "",
+        "tokenizers": "",
+        "sentencepiece": "",
+        "soundfile": "",
+        "soxr": "",
+        "kaldialign": "",
+        "whisper-normalizer": "",
+        "gguf": "pip install 'duolect[gguf]' (to pull smollm2-135m and to load .gguf files)",
+        "accelerate": "pip install 'duolect[gguf]'",
+        "matplotlib": "pip install 'duolect[plots]' (for pictures)",
+    }
     for name, mend in wanted.items():
         try:
             print(f"{name:11} {metadata.version(name)}")
@@ -90,8 +109,10 @@ def doctor() -> int:
             problems.append(f"{name} is missing: {mend or 'pip install duolect'}")
     for name in ("torchaudio", "torchcodec", "kernels"):
         if _installed(name):
-            problems.append(f"{name} is installed: it breaks the loading of models with this transformers unless its version fits torch exactly; "
-                            f"if models fail to load: pip uninstall {name}")
+            problems.append(
+                f"{name} is installed: it breaks the loading of models with this transformers unless its version fits torch exactly; "
+                f"if models fail to load: pip uninstall {name}"
+            )
     import torch
 
     print(f"threads     {torch.get_num_threads()} of torch")

@@ -170,7 +170,9 @@ def rescore(
         names = {p for line in done for h in line.nbest for p in h.parts} - {name}
         scales = {**dict.fromkeys(names, 1.0), name: scale}
         if len(names) > 1:
-            print(f"ranking with scale 1 for {', '.join(sorted(names))}; tune them together for better: duolect tune {out}", file=sys.stderr)
+            print(
+                f"ranking with scale 1 for {', '.join(sorted(names))}; tune them together for better: duolect tune {out}", file=sys.stderr
+            )
         done = [replace(line, nbest=tuple(ranked(line.nbest, scales))) for line in done]
     write_hypotheses(out, done)
     _say_score(done, hypotheses)
@@ -223,7 +225,9 @@ def compare(
         lines = [found[name][u.id] for u in utterances]
         write_hypotheses(out / "hypotheses" / f"{name}.jsonl", lines)
         title = PRESETS[name].title if name in PRESETS else name
-        scores[title] = score_recognized(lines, normalizer=normalizer_of(normalizer), corpus=str(data.name if data.is_dir() else data.parent.name))
+        scores[title] = score_recognized(
+            lines, normalizer=normalizer_of(normalizer), corpus=str(data.name if data.is_dir() else data.parent.name)
+        )
         seconds[title] = sum(r.seconds for r in lines)
         audio = max(audio, sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None))
         failures += [f"{title}: {r.id}: {r.error}" for r in lines if r.error is not None]
@@ -235,8 +239,14 @@ def compare(
     return _report(failures)
 
 
-def _recognizer(options: ModelOptions, decodings: Mapping[str, str], *, overrides: Mapping[str, str] | None = None, word_times: bool = False,
-                warn: Sequence[Mapping[str, Any]] = ()) -> Recognizer:
+def _recognizer(
+    options: ModelOptions,
+    decodings: Mapping[str, str],
+    *,
+    overrides: Mapping[str, str] | None = None,
+    word_times: bool = False,
+    warn: Sequence[Mapping[str, Any]] = (),
+) -> Recognizer:
     _quiet()
     from duolect.recognize.models import Models
     from duolect.recognize.presets import decoding_of
@@ -268,8 +278,16 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
         else:
             note = f"not tuned for this pair of models: `duolect tune` writes {wanted}.json"
         models.say(f"scales {wanted}: " + ", ".join(f"{k} {v:g}" for k, v in scales[wanted].items()) + f" ({note})")
-    return Ingredients(lm=options.lm, unit_lm=options.unit_lm, aed=options.aed, prompt=options.prompt, beam=options.beam, nbest=options.nbest,
-                       interval=options.interval, scales=scales)
+    return Ingredients(
+        lm=options.lm,
+        unit_lm=options.unit_lm,
+        aed=options.aed,
+        prompt=options.prompt,
+        beam=options.beam,
+        nbest=options.nbest,
+        interval=options.interval,
+        scales=scales,
+    )
 
 
 def _source(path: Path, failures: list[str]) -> Source | None:

@@ -126,8 +126,16 @@ def nbest_lists(
         for name in parts:
             values[name].append([_part(line.id, i, h.parts, name) for i, h in enumerate(nbest)])
     rules = f"norm:{normalizer}|compounds:{'merged' if merge_compounds else 'apart'}|corpus:{corpus or '?'}|utts:{len(references)}"
-    return padded_lists(errors, parts=values, words=words, ids=list(references), failed=failed, corpus=corpus,
-                        digest=corpus_digest(references), signature=rules)
+    return padded_lists(
+        errors,
+        parts=values,
+        words=words,
+        ids=list(references),
+        failed=failed,
+        corpus=corpus,
+        digest=corpus_digest(references),
+        signature=rules,
+    )
 
 
 def corpus_digest(references: Mapping[str, str]) -> str:

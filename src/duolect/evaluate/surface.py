@@ -206,8 +206,12 @@ def _grouped(pieces: Sequence[tuple[_Group, NDArray[np.bool_]]], settled: Ints) 
             group = _Group(g.rows[rows], base, slopes, np.take_along_axis(g.errors[rows], order, axis=1))
             buckets.setdefault(int(width), []).append(_widened(group, int(width)))
     return tuple(
-        _Group(np.concatenate([g.rows for g in same]), np.concatenate([g.base for g in same]),
-               np.concatenate([g.slopes for g in same], axis=1), np.concatenate([g.errors for g in same]))
+        _Group(
+            np.concatenate([g.rows for g in same]),
+            np.concatenate([g.base for g in same]),
+            np.concatenate([g.slopes for g in same], axis=1),
+            np.concatenate([g.errors for g in same]),
+        )
         for _, same in sorted(buckets.items())
     )
 

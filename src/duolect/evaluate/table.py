@@ -76,8 +76,12 @@ def _comparison_json(comparison: Comparison | None) -> dict[str, Any] | None:
     if comparison is None:
         return None
     interval = comparison.interval
-    return {"difference": comparison.difference if math.isfinite(comparison.difference) else None,
-            "interval": [interval.low, interval.high] if interval else None, "p_value": comparison.p_value, "better": comparison.better}
+    return {
+        "difference": comparison.difference if math.isfinite(comparison.difference) else None,
+        "interval": [interval.low, interval.high] if interval else None,
+        "p_value": comparison.p_value,
+        "better": comparison.better,
+    }
 
 
 def _cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -128,6 +128,7 @@ def tune(
 
 def write_scales(path: str | Path, *, tuned: Tuned) -> None:
     """Writes scales.json: the scales, what they were tuned on and what they gave there."""
+
     def pair(interval: Interval | None) -> list[float] | None:
         return [round(interval.low, 6), round(interval.high, 6)] if interval else None
 
@@ -156,16 +157,24 @@ def read_scales(path: str | Path) -> Scales:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
             raise ScalesError(f"{path}: scale {name!r} is {value!r}, expected a finite number")
     on = data.get("tuned_on") or {}
-    return Scales({k: float(v) for k, v in scales.items()}, on.get("corpus", ""), on.get("digest", ""), on.get("utterances", 0),
-                  data.get("wer"), data.get("signature", ""))
+    return Scales(
+        {k: float(v) for k, v in scales.items()},
+        on.get("corpus", ""),
+        on.get("digest", ""),
+        on.get("utterances", 0),
+        data.get("wer"),
+        data.get("signature", ""),
+    )
 
 
 def same_corpus_warning(scales: Scales, *, references: Mapping[str, str]) -> str | None:
     """A sentence of warning if the scales were tuned on the very utterances (id -> raw reference) that are decoded with them, else None."""
     if not scales.digest or scales.digest != corpus_digest(references):
         return None
-    return (f"the scales were tuned on these same {scales.utterances} utterances{f' ({scales.corpus})' if scales.corpus else ''}, "
-            "so this WER flatters them: report the cross-validated WER of the scales file, or decode another corpus")
+    return (
+        f"the scales were tuned on these same {scales.utterances} utterances{f' ({scales.corpus})' if scales.corpus else ''}, "
+        "so this WER flatters them: report the cross-validated WER of the scales file, or decode another corpus"
+    )
 
 
 @dataclass(frozen=True, eq=False)

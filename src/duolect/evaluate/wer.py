@@ -42,8 +42,12 @@ class Errors:
         return 100.0 * self.total / self.words if self.words else math.inf if self.total else 0.0
 
     def __add__(self, other: Errors) -> Errors:
-        return Errors(self.substitutions + other.substitutions, self.deletions + other.deletions, self.insertions + other.insertions,
-                      self.words + other.words)
+        return Errors(
+            self.substitutions + other.substitutions,
+            self.deletions + other.deletions,
+            self.insertions + other.insertions,
+            self.words + other.words,
+        )
 
 
 @dataclass(frozen=True)
@@ -169,9 +173,15 @@ def score(
         errors = count_errors(ours, theirs, merge_compounds=merge_compounds)
         domain, group = domains[key] if domains else None, speakers[key] if speakers else key
         scored.append(ScoredUtterance(key, domain, group, ours, theirs, errors, text is None))
-    facts = {"norm": normalizer, "align": f"kaldialign@{kaldialign.__version__}", "compounds": "merged" if merge_compounds else "apart",
-             "corpus": corpus.replace("|", "/") or "?", "utts": len(scored),
-             "boot": f"{draws}x{'utterance' if speakers is None else 'speaker'}@{seed}", "duolect": source()}
+    facts = {
+        "norm": normalizer,
+        "align": f"kaldialign@{kaldialign.__version__}",
+        "compounds": "merged" if merge_compounds else "apart",
+        "corpus": corpus.replace("|", "/") or "?",
+        "utts": len(scored),
+        "boot": f"{draws}x{'utterance' if speakers is None else 'speaker'}@{seed}",
+        "duolect": source(),
+    }
     signature = "|".join(f"{name}:{value}" for name, value in facts.items())
     return _summed(scored, signature=signature, draws=draws, seed=seed)
 
@@ -200,7 +210,11 @@ def score_recognized(
     return score(
         {k: x.fields["text"] for k, x in by_id.items()},
         {k: None if x.error is not None else x.text for k, x in by_id.items()},
-        normalizer=normalizer, corpus=corpus, merge_compounds=merge_compounds, draws=draws, seed=seed,
+        normalizer=normalizer,
+        corpus=corpus,
+        merge_compounds=merge_compounds,
+        draws=draws,
+        seed=seed,
         domains={k: with_domain.get(k, "other") for k in by_id} if with_domain else None,
         speakers=speakers if unit == "speaker" else None,
     )
@@ -214,8 +228,10 @@ def compare(baseline: Score, other: Score, *, draws: int = DRAWS, seed: int = 0)
     ours, theirs = ({x.id: x for x in s.utterances} for s in (baseline, other))
     if ours.keys() != theirs.keys():
         only = [x for x in ours if x not in theirs], [x for x in theirs if x not in ours]
-        raise ScoreError(f"the systems were not scored on the same utterances: {len(only[0])} only in the first ({_some(only[0])}), "
-                         f"{len(only[1])} only in the second ({_some(only[1])})")
+        raise ScoreError(
+            f"the systems were not scored on the same utterances: {len(only[0])} only in the first ({_some(only[0])}), "
+            f"{len(only[1])} only in the second ({_some(only[1])})"
+        )
     rules = [tuple(x for x in s.signature.split("|") if x.startswith(("norm:", "align:", "compounds:"))) for s in (baseline, other)]
     if rules[0] != rules[1]:
         raise ScoreError(f"the systems were not scored by the same rules: {'|'.join(rules[0])} != {'|'.join(rules[1])}; score both again")
@@ -238,9 +254,16 @@ def compare(baseline: Score, other: Score, *, draws: int = DRAWS, seed: int = 0)
 
 def score_json(result: Score, *, utterances: Literal["none", "errors", "all"] = "none") -> dict[str, Any]:
     """A Score as JSON values; `utterances` adds those with errors, or all."""
+
     def of(e: Errors, interval: Interval | None) -> dict[str, Any]:
-        return {"wer": e.rate if math.isfinite(e.rate) else None, "interval": [interval.low, interval.high] if interval else None,
-                "substitutions": e.substitutions, "deletions": e.deletions, "insertions": e.insertions, "words": e.words}
+        return {
+            "wer": e.rate if math.isfinite(e.rate) else None,
+            "interval": [interval.low, interval.high] if interval else None,
+            "substitutions": e.substitutions,
+            "deletions": e.deletions,
+            "insertions": e.insertions,
+            "words": e.words,
+        }
 
     data = {
         **of(result.errors, result.interval), "sentence_error_rate": result.sentence_error_rate, "utterances": len(result.utterances),

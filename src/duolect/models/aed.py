@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import WhisperForConditionalGeneration
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from duolect.audio.features import whisper_log_mel
 from duolect.audio.io import SAMPLE_RATE
 from duolect.models import ModelError
-from duolect.models.cache import NewNodes, Trie, node_cache
+from duolect.models.cache import Trie
 from duolect.models.decoder import DecoderScorer, OutputLayer
-from duolect.models.lm import attention_mask
+from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, use_packed_attention
 from duolect.vocabulary import TokenizerVocabulary
 
 WINDOW_SECONDS = 30.0
@@ -34,9 +34,16 @@ class WhisperAed:
     spelling: `words` keeps labels with digits and symbols out, so that hypotheses are comparable with a CTC model of spelled-out words.
     """
 
-    def __init__(self, model: WhisperForConditionalGeneration, vocabulary: TokenizerVocabulary, *,
-                 spelling: Literal["any", "words"] = "words", language: str = "en") -> None:
+    def __init__(
+        self,
+        model: WhisperForConditionalGeneration,
+        vocabulary: TokenizerVocabulary,
+        *,
+        spelling: Literal["any", "words"] = "words",
+        language: str = "en",
+    ) -> None:
         self.model: Any = model.eval()
+        use_packed_attention(model)
         self.vocabulary = vocabulary
         self.prompt = _prompt(vocabulary, language if self.model.config.vocab_size > ENGLISH_ONLY_ROWS else None)
         head: Any = model.get_output_embeddings()
@@ -45,8 +52,15 @@ class WhisperAed:
         self.output = OutputLayer(head.weight.detach()[: vocabulary.size], bias)
 
     @classmethod
-    def load(cls, name: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32", device: str = "cpu",
-             spelling: Literal["any", "words"] = "words", language: str = "en") -> WhisperAed:
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        device: str = "cpu",
+        spelling: Literal["any", "words"] = "words",
+        language: str = "en",
+    ) -> WhisperAed:
         """The model of a hub id or a folder of transformers."""
         try:
             model = WhisperForConditionalGeneration.from_pretrained(str(name), dtype=getattr(torch, dtype), attn_implementation="sdpa")
@@ -59,7 +73,9 @@ class WhisperAed:
         """log p(text labels | audio) for a batch; audio is float32 mono 16 kHz, 30 s at most (ModelError otherwise)."""
         longest = max((len(a) for a in audios), default=0) / SAMPLE_RATE
         if longest > WINDOW_SECONDS:
-            raise ModelError(f"{longest:.1f} s of audio are longer than the {WINDOW_SECONDS:.0f} s that Whisper hears at once: split it into segments")
+            raise ModelError(
+                f"{longest:.1f} s of audio are longer than the {WINDOW_SECONDS:.0f} s that Whisper hears at once: split it into segments"
+            )
         size = int(SAMPLE_RATE * WINDOW_SECONDS)
         weight = self.output.weight
         mels = self.model.config.num_mel_bins
@@ -78,9 +94,18 @@ class WhisperScorer(DecoderScorer):
     def _begin(self, rows: int) -> Trie:
         if rows != len(self.encoded):
             raise ModelError(f"{rows} rows asked for, but the audio of {len(self.encoded)} utterances was encoded")
-        weight, layers = self.output.weight, self.aed.model.config.decoder_layers
-        cache = EncoderDecoderCache(node_cache(layers), node_cache(layers))
+        weight = self.output.weight
+        cross = Cache(layers=[self._heard(layer.encoder_attn) for layer in self.aed.model.model.decoder.layers])
+        cache = EncoderDecoderCache(node_cache(len(cross.layers)), cross)
+        cache.is_updated = dict.fromkeys(range(len(cross.layers)), True)
         return Trie.empty(rows, width=weight.shape[1], cache=cache, device=weight.device, dtype=weight.dtype)
+
+    def _heard(self, attention: Any) -> NodeLayer:
+        """The audio's keys and values in one layer, [B, heads, 1500, head size]."""
+        layer = NodeLayer()
+        keys, values = (f(self.encoded).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for f in (attention.k_proj, attention.v_proj))
+        layer.fill(keys.contiguous(), values.contiguous())
+        return layer
 
     def _prompt(self) -> list[int]:
         return self.aed.prompt
@@ -89,11 +114,16 @@ class WhisperScorer(DecoderScorer):
         limit = self.aed.model.config.max_target_positions
         if int(new.positions.max()) >= limit:
             raise ModelError(f"a hypothesis outgrew Whisper's {limit} positions: lower max_labels")
-        out = self.aed.model.model.decoder(
-            input_ids=new.labels, attention_mask=attention_mask(new, self.output.weight.dtype), encoder_hidden_states=self.encoded[trie.utterance],
-            past_key_values=trie.cache, position_ids=new.positions, use_cache=True,
-        )
-        return out.last_hidden_state
+        with packing(new):
+            out = self.aed.model.model.decoder(
+                input_ids=new.labels[None],
+                attention_mask=new.mask(self.output.weight.dtype),
+                encoder_hidden_states=self.encoded,  # only says that there is audio: its keys and values are in the cache
+                past_key_values=trie.cache,
+                position_ids=new.positions[None],
+                use_cache=True,
+            )
+        return out.last_hidden_state[0]
 
 
 def _prompt(vocabulary: TokenizerVocabulary, language: str | None) -> list[int]:

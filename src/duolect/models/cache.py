@@ -4,7 +4,7 @@ Every history that a search or an n-best list asks for is a path from the root; 
 copies indices only, equal histories are one node, and a prefix (prompt, audio) is held once per utterance whatever the beam. Nodes are
 only ever added, so a state taken earlier stays valid: it is a value although the store behind it grows.
 
-Legend: G groups (utterances), N nodes so far, n new nodes of a call (the most any group has), R rows, S labels of a call, D depth.
+Legend: G groups (utterances), N nodes of the fullest group, P new nodes of a call, R rows, S labels of a call, D depth.
 """
 
 from __future__ import annotations
@@ -13,67 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import Cache
 
-
-class NodeLayer(CacheLayerMixin):
-    """Keys and values [G, heads, N, head size] of one attention layer, in place in a buffer that doubles: no copy per call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.filled = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = key_states.new_empty(*key_states.shape[:2], 0, key_states.shape[3])
-        self.values = value_states.new_empty(*value_states.shape[:2], 0, value_states.shape[3])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        end = self.filled + key_states.shape[2]
-        if end > self.keys.shape[2]:
-            self.keys, self.values = (_grown(x, 2, max(end, 2 * self.filled, 16)) for x in (self.keys, self.values))
-        self.keys[:, :, self.filled : end] = key_states
-        self.values[:, :, self.filled : end] = value_states
-        self.filled = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def gather(self, groups: Tensor, slots: Tensor) -> NodeLayer:
-        """A new layer of the nodes slots [G', N'] of groups [G']."""
-        layer = NodeLayer()
-        if self.is_initialized:
-            assert self.keys is not None and self.values is not None
-            layer.keys = self.keys[groups[:, None], :, slots].transpose(1, 2).contiguous()
-            layer.values = self.values[groups[:, None], :, slots].transpose(1, 2).contiguous()
-            layer.filled, layer.is_initialized = slots.shape[1], True
-        return layer
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.filled + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.filled
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-def node_cache(layers: int) -> Cache:
-    """A cache of `layers` NodeLayers, as the attention modules of transformers take it."""
-    return Cache(layers=[NodeLayer() for _ in range(layers)])
-
-
-@dataclass(frozen=True)
-class NewNodes:
-    """What a call to `Trie.extend` added, in slots first .. first+n-1 of every group (padding slots are nobody's ancestor)."""
-
-    labels: Tensor  # [G, n]
-    positions: Tensor  # [G, n] how many nodes lie above
-    visible: Tensor  # [G, n, N + n] bool: ancestors and self; a padding slot sees itself alone
-    real: Tensor  # [G, n] bool
-    first: int
+from duolect.models.packed import NewNodes, gathered, grown
 
 
 @dataclass
@@ -87,7 +29,7 @@ class Trie:
     log_prob: Tensor  # [G, N] fp32 log p(label | parent)
     normalizer: Tensor  # [G, N] fp32 log-sum-exp of the logits behind the node, NaN until somebody asks
     hidden: Tensor  # [G, N, width] the decoder's last hidden state
-    size: int
+    fill: Tensor  # [G] how many nodes the group has
     cache: Cache
     utterance: Tensor  # [G] which row of `start` the group belongs to
     keys: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # sorted (group, parent, label) of all nodes ...
@@ -102,35 +44,37 @@ class Trie:
         index = torch.empty(0, dtype=torch.long, device=device)
         hidden = torch.zeros(groups, 0, width, device=device, dtype=dtype)
         utterance = torch.arange(groups, device=device)
-        return cls(ints(), ints(), ints(), ints()[..., None], floats, floats.clone(), hidden, 0, cache, utterance, index, index.clone())
+        return cls(ints(), ints(), ints(), ints()[..., None], floats, floats.clone(), hidden, ints().sum(1), cache, utterance, index, index.clone())
 
     @property
     def groups(self) -> int:
         return self.label.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Nodes of the fullest group."""
+        return int(self.fill.max()) if self.groups else 0
 
     def extend(self, group: Tensor, node: Tensor, labels: Tensor, lengths: Tensor) -> tuple[Tensor, NewNodes | None]:
         """([R, S] the node behind each label, NewNodes or None where all were known) for chunks labels [R, S] below nodes node [R].
 
         Past a row's length its last node repeats. The new nodes' hidden states, keys and log-probs are the caller's to fill in.
         """
-        first, steps = self.size, labels.shape[1]
-        most = int(torch.zeros(self.groups, dtype=torch.long, device=node.device).index_add(0, group, lengths).max()) if len(group) else 0
-        self._reserve(first + most, deepest=int(self.depth[group, node.clamp(min=0)].max()) + 1 + steps if self.size else steps)
-        fill = torch.full((self.groups,), first, dtype=torch.long, device=node.device)
+        before, steps = self.fill.clone(), labels.shape[1]
+        if len(group):
+            asked = torch.zeros_like(before).index_add(0, group, lengths)
+            deepest = int(torch.where(node < 0, -1, self.depth[group, node.clamp(min=0)]).max()) + 1 + steps if self.size else steps
+            self._reserve(int((before + asked).max()), deepest=deepest)
         behind = torch.empty_like(labels)
         for s in range(steps):
             active = (lengths > s).nonzero()[:, 0]
             node = node.clone()
             if len(active):
-                node[active] = self._children(group[active], node[active], labels[active, s], fill)
+                node[active] = self._children(group[active], node[active], labels[active, s])
             behind[:, s] = node
-        n = int(fill.max()) - first
-        if n == 0:
-            return behind, None
-        self.size = first + n
-        return behind, self._new(first, n, fill)
+        return behind, self._new(before) if bool((self.fill > before).any()) else None
 
-    def _children(self, group: Tensor, node: Tensor, label: Tensor, fill: Tensor) -> Tensor:
+    def _children(self, group: Tensor, node: Tensor, label: Tensor) -> Tensor:
         key = self._key(group, node, label)
         child = torch.full_like(node, -1)
         if len(self.keys):
@@ -143,8 +87,8 @@ class Trie:
         rows = torch.zeros(len(fresh), dtype=torch.long, device=key.device).scatter(0, inverse, missing)  # one representative each
         g, p, y = group[rows], node[rows], label[rows]
         # `fresh` is sorted by group first, so a node's rank within its group is its distance from the group's first.
-        slot = fill[g] + torch.arange(len(g), device=g.device) - torch.searchsorted(g, g)
-        fill.index_add_(0, g, torch.ones_like(g))
+        slot = self.fill[g] + torch.arange(len(g), device=g.device) - torch.searchsorted(g, g)
+        self.fill = self.fill.index_add(0, g, torch.ones_like(g))
         depth = torch.where(p < 0, 0, self.depth[g, p.clamp(min=0)] + 1)
         self.label[g, slot], self.parent[g, slot], self.depth[g, slot] = y, p, depth
         self.path[g, slot] = torch.where((p < 0)[:, None], -1, self.path[g, p.clamp(min=0)])
@@ -155,16 +99,17 @@ class Trie:
         child[missing] = slot[inverse]
         return child
 
-    def _new(self, first: int, n: int, fill: Tensor) -> NewNodes:
-        slots = slice(first, first + n)
-        own = torch.arange(first, first + n, device=fill.device)
-        real = own[None] < fill[:, None]
-        visible = torch.zeros(self.groups, n, first + n + 1, dtype=torch.bool, device=fill.device)
-        path = torch.where(real[..., None], self.path[:, slots], -1)
-        visible.scatter_(2, torch.where(path < 0, first + n, path), True)  # the extra column swallows the -1s
-        visible = visible[..., :-1]
-        visible[:, torch.arange(n, device=fill.device), own] = True
-        return NewNodes(torch.where(real, self.label[:, slots], 0), torch.where(real, self.depth[:, slots], 0), visible, real, first)
+    def _new(self, before: Tensor) -> NewNodes:
+        count = self.fill - before
+        place = torch.arange(int(count.max()), device=count.device)
+        group, rank = (place[None] < count[:, None]).nonzero(as_tuple=True)
+        slot = before[group] + rank
+        path, size = self.path[group, slot], self.size
+        seen = torch.zeros(len(group), size + 1, dtype=torch.bool, device=count.device)
+        seen.scatter_(1, torch.where(path < 0, size, path), True)  # the extra column swallows the -1s
+        visible = torch.zeros(self.groups, len(place), size, dtype=torch.bool, device=count.device)
+        visible[group, rank] = seen[:, :-1]
+        return NewNodes(self.label[group, slot], self.depth[group, slot], group, slot, rank, visible)
 
     def _key(self, group: Tensor, node: Tensor, label: Tensor) -> Tensor:
         # 12 bits of group would be plenty; 2^20 nodes and 2^22 labels leave 21 bits for it.
@@ -174,9 +119,9 @@ class Trie:
         if nodes > self.label.shape[1]:
             room = max(nodes, 2 * self.size, 16)
             for name in ("label", "parent", "depth", "path", "log_prob", "normalizer", "hidden"):
-                setattr(self, name, _grown(getattr(self, name), 1, room))
+                setattr(self, name, grown(getattr(self, name), 1, room))
         if deepest > self.path.shape[2]:
-            wider = _grown(self.path, 2, max(deepest, 2 * self.path.shape[2]))
+            wider = grown(self.path, 2, max(deepest, 2 * self.path.shape[2]))
             wider[..., self.path.shape[2] :] = -1
             self.path = wider
 
@@ -207,29 +152,20 @@ class Trie:
             return torch.where(old < 0, -1, number[rows, old.clamp(min=0)])
 
         parent, path = moved(self.parent, slots), moved(self.path, slots)
-        trie = Trie(self.label[k, slots], parent, self.depth[k, slots], path, self.log_prob[k, slots], self.normalizer[k, slots],
-                    self.hidden[k, slots], slots.shape[1], _gathered(self.cache, kept, slots), self.utterance[kept])
+        trie = Trie(
+            self.label[k, slots],
+            parent,
+            self.depth[k, slots],
+            path,
+            self.log_prob[k, slots],
+            self.normalizer[k, slots],
+            self.hidden[k, slots],
+            count,
+            gathered(self.cache, kept, slots),
+            self.utterance[kept],
+        )
         g, slot = real.nonzero(as_tuple=True)
         keys = trie._key(g, parent[g, slot], trie.label[g, slot])
         trie.keys, order = torch.sort(keys)
         trie.nodes = slot[order]
         return trie, new_group[group], number[new_group[group], node]
-
-
-def _gathered(cache: Cache, groups: Tensor, slots: Tensor) -> Cache:
-    if isinstance(cache, EncoderDecoderCache):
-        own = _gathered(cache.self_attention_cache, groups, slots)
-        frames = cache.cross_attention_cache.layers[0].get_seq_length()
-        every = torch.arange(frames, device=groups.device).expand(len(groups), -1)
-        both = EncoderDecoderCache(own, _gathered(cache.cross_attention_cache, groups, every))
-        both.is_updated = dict(cache.is_updated)
-        return both
-    return Cache(layers=[layer.gather(groups, slots) for layer in cache.layers if isinstance(layer, NodeLayer)])
-
-
-def _grown(x: Tensor, dim: int, size: int) -> Tensor:
-    shape = list(x.shape)
-    shape[dim] = size
-    out = x.new_zeros(shape)
-    out.narrow(dim, 0, x.shape[dim]).copy_(x)
-    return out

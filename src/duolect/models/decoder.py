@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duolect.models.cache import NewNodes, Trie
+from duolect.models.cache import Trie
+from duolect.models.packed import NewNodes
 from duolect.scorer import Scorer
 from duolect.vocabulary import Vocabulary
 
@@ -71,7 +72,7 @@ class DecoderScorer(Scorer[Histories]):
 
     @abstractmethod
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
-        """[G, n, width] last hidden states of the new nodes; their keys and values go to trie.cache."""
+        """[P, width] last hidden states of the new nodes; their keys and values go to trie.cache."""
 
     @torch.no_grad()
     def start(self, rows: int) -> Histories:
@@ -80,7 +81,7 @@ class DecoderScorer(Scorer[Histories]):
         prompt = torch.tensor(self._prompt(), device=group.device).expand(rows, -1)
         behind, new = trie.extend(group, torch.full_like(group, -1), prompt, torch.full_like(group, prompt.shape[1]))
         if new is not None:
-            trie.hidden[:, new.first : trie.size] = self._hidden(trie, new)
+            trie.hidden[new.group, new.slot] = self._hidden(trie, new)
         return Histories(trie, group, behind[:, -1] if rows else group)
 
     @torch.no_grad()
@@ -102,9 +103,8 @@ class DecoderScorer(Scorer[Histories]):
         trie, group, node = self._room(state)
         behind, new = trie.extend(group, node, labels, lengths)
         if new is not None:
-            trie.hidden[:, new.first : trie.size] = self._hidden(trie, new)
-            g, slot = new.real.nonzero(as_tuple=True)
-            slot = slot + new.first
+            g, slot = new.group, new.slot
+            trie.hidden[g, slot] = self._hidden(trie, new)
             parent = trie.parent[g, slot]
             normalizer = self._normalizers(trie, g, parent)
             logit = self.output.of(trie.hidden[g, parent], trie.label[g, slot][:, None])[:, 0]

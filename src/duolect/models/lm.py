@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from duolect.models import ModelError
-from duolect.models.cache import NewNodes, Trie, node_cache
+from duolect.models.cache import Trie
 from duolect.models.decoder import DecoderScorer, OutputLayer
+from duolect.models.packed import NewNodes, node_cache, packing, use_packed_attention
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, VocabularyError, load_vocabulary
 
 
@@ -24,6 +25,7 @@ class HFCausalLM(DecoderScorer):
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, *, prompt: str = "") -> None:
         self.model = model.eval()
+        use_packed_attention(model)
         self.vocabulary = vocabulary
         self.prompt = prompt
         self.decoder: Any = model.base_model
@@ -36,8 +38,15 @@ class HFCausalLM(DecoderScorer):
         _check(self)
 
     @classmethod
-    def load(cls, name: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32", device: str = "cpu",
-             prompt: str = "", gguf_file: str | None = None) -> HFCausalLM:
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        device: str = "cpu",
+        prompt: str = "",
+        gguf_file: str | None = None,
+    ) -> HFCausalLM:
         """The scorer of a hub id, a folder (of transformers or of ours, with vocabulary.json), or a .gguf file."""
         path = Path(name)
         options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
@@ -67,14 +76,12 @@ class HFCausalLM(DecoderScorer):
                 f"a history of {int(new.positions.max()) + 1} labels is longer than the {self._longest} positions that the language model "
                 "attends to: split the audio into shorter segments"
             )
-        mask = attention_mask(new, self.output.weight.dtype)
-        out = self.decoder(input_ids=new.labels, attention_mask=mask, position_ids=new.positions, past_key_values=trie.cache, use_cache=True)
-        return out.last_hidden_state
-
-
-def attention_mask(new: NewNodes, dtype: torch.dtype) -> Tensor:
-    """[G, 1, n, N + n] additive mask: 0 where visible, the least finite value elsewhere."""
-    return torch.where(new.visible[:, None], 0.0, torch.finfo(dtype).min).to(dtype)
+        mask = new.mask(self.output.weight.dtype)
+        with packing(new):
+            out = self.decoder(
+                input_ids=new.labels[None], attention_mask=mask, position_ids=new.positions[None], past_key_values=trie.cache, use_cache=True
+            )
+        return out.last_hidden_state[0]
 
 
 def _output_layer(model: PreTrainedModel, vocabulary: Vocabulary) -> OutputLayer:
@@ -91,11 +98,14 @@ def _output_layer(model: PreTrainedModel, vocabulary: Vocabulary) -> OutputLayer
     scale = 1.0 / getattr(config, "logits_scaling", 1.0) * (getattr(config, "logit_scale", None) or 1.0)
     bias = getattr(head, "bias", None)
     weight = head.weight.detach()[: vocabulary.size]
-    return OutputLayer(weight, None if bias is None else bias.detach()[: vocabulary.size], scale, getattr(config, "final_logit_softcapping", None))
+    return OutputLayer(
+        weight, None if bias is None else bias.detach()[: vocabulary.size], scale, getattr(config, "final_logit_softcapping", None)
+    )
 
 
 def _start_and_end(config: Any) -> dict[str, int | None]:
     """bos and eos by the model's own config; a model without a bos (Qwen) starts from its end-of-text label (paper.md 6.22)."""
+
     def one(x: Any) -> int | None:
         return x[0] if isinstance(x, list) else x
 
@@ -124,8 +134,7 @@ def _check(scorer: HFCausalLM) -> None:
     tolerance = 2e-3 if scorer.output.weight.dtype == torch.float32 else 0.5
     if not torch.allclose(got, wanted[-1], atol=tolerance, rtol=1e-3):
         raise ModelError(
-            f"{type(model).__name__}: step-by-step log-probabilities differ from its full forward by {float((got - wanted[-1]).abs().max()):.3g}; "
+            f"{type(model).__name__}: step-by-step log-probabilities differ from its full forward by "
+            f"{float((got - wanted[-1]).abs().max()):.3g}; "
             "its attention or its output layer does something this scorer does not know"
         )
-
-

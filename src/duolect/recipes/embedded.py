@@ -47,6 +47,7 @@ class EmbeddedCtc:
     batch_seconds: float = 24.0
     held_out: int = 40
     synth_per_real: float = 0.7
+    pieces: int = PIECES
     probe_seconds: float = 1500.0
     probe_steps: int = 350
     # Mild: an utterance is heard a few times at most, so what slows learning down costs more than it protects (docs/LOG.md).
@@ -54,7 +55,8 @@ class EmbeddedCtc:
     synth: Augmentation = field(default_factory=lambda: replace(MILD, noise_chance=0.3))
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=20_000, seconds=6000, learning_rates={"head": 1e-3, "encoder": 2e-4}, validate_every=300, save_every=100
+            steps=20_000, seconds=6000, learning_rates={"head": 1e-3, "encoder": 2e-4}, average=0.998,
+            validate_every=300, save_every=100
         )
     )
 
@@ -127,6 +129,8 @@ class Audios:
 
 class CtcTask(Task[tuple[Item, ...]]):
     """CTC fine-tuning of a CtcModel on real speech and as much (times synth_per_real) synthesized speech, drawn anew each epoch."""
+
+    model: CtcModel
 
     def __init__(self, model: CtcModel, recipe: EmbeddedCtc, real: Sequence[Item], synth: Path | None,
                  checks: Mapping[str, Sequence[Item | Utterance]], card: str) -> None:
@@ -255,7 +259,7 @@ def embedded_ctc(
     pieces = out / "sentencepiece.model"
     out.mkdir(parents=True, exist_ok=True)
     if not pieces.is_file():
-        pieces.write_bytes(train_pieces(text).model)
+        pieces.write_bytes(train_pieces(text, pieces=recipe.pieces).model)
     vocabulary = SentencePieceVocabulary(pieces.read_bytes(), blank="last")
     encoder = WhisperEncoder.from_whisper(resolve(recipe.whisper), merge_after=recipe.merge_after)
     for frozen in (encoder.conv1, encoder.conv2, *encoder.layers[: recipe.frozen_layers]):

@@ -47,6 +47,8 @@ class UnitLm:
 class UnitLmTask(Task[tuple[tuple[int, ...], ...]]):
     """Next-label prediction of sentences, each after bos and up to eos."""
 
+    model: LlamaForCausalLM
+
     def __init__(self, model: LlamaForCausalLM, recipe: UnitLm, vocabulary: Vocabulary, sentences: Sequence[tuple[int, ...]],
                  heldout: Sequence[str], card: str) -> None:
         self.model, self.recipe, self.vocabulary, self.sentences, self.card = model, recipe, vocabulary, sentences, card

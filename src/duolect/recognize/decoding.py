@@ -42,8 +42,8 @@ for _schedule in (AtEnd, AtWordEnd, Every, EveryLabel, ShortestHypothesis, TextP
 class Batch:
     """What the terms of a decoding may look at: audio [N] float32 16 kHz per utterance, the CTC model's output, and models by name.
 
-    What several decodings need (an AED's encoding) is computed once; `borrowed` sums the seconds that a decoding was spared that way, so that
-    each can be charged for all it needs.
+    What several decodings need (an AED's encoding) is computed once; `borrowed` sums the seconds that a decoding was spared that way, so
+    that each can be charged for all it needs.
     """
 
     audios: Sequence[np.ndarray]
@@ -225,15 +225,17 @@ class LabelSynchronous(Decoding):
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
         lead = next(iter(self.terms), None)
         if lead is None:
-            raise SearchError("a label-synchronous decoding without terms has nothing to propose labels: give it an Attention or Language term")
+            raise SearchError(
+                "a label-synchronous decoding without terms has nothing to propose labels: give it an Attention or Language term"
+            )
         first = self.terms[lead].native(batch)
         vocabulary = first.vocabulary
         fused = {name: term.fused(batch, vocabulary) for name, term in self.terms.items() if name != lead}
         fused = {lead: Fused(scorer=first, scale=self.terms[lead].scale, when=self.terms[lead].when), **fused}
         limit = (batch.output.lengths * batch.seconds_per_frame * self.labels_per_second).long() + 10
-        return label_beam_search(fused, len(batch.audios), beam=self.beam, max_labels=limit.clamp(max=400), length_exponent=self.length_exponent)
+        return label_beam_search(
+            fused, len(batch.audios), beam=self.beam, max_labels=limit.clamp(max=400), length_exponent=self.length_exponent
+        )
 
     def scales(self) -> Mapping[str, float]:
         return {name: term.scale for name, term in self.terms.items()}
-
-

@@ -24,8 +24,9 @@ class ResumeError(ValueError):
     """An unfinished output belongs to another decoding."""
 
 
-def decode_to_file(recognizer: Recognizer, name: str, utterances: Sequence[Utterance], out: Path, *, progress: bool = True,
-                   keep: int | None = None) -> list[Recognized]:
+def decode_to_file(
+    recognizer: Recognizer, name: str, utterances: Sequence[Utterance], out: Path, *, progress: bool = True, keep: int | None = None
+) -> list[Recognized]:
     """Recognizes with one decoding into a hypotheses file, in the source's order; a run that was killed continues where it was.
 
     Lines are kept in `<out>.part` as they come; `<out>.part.json` says of which decoding, and ResumeError if it is another one.
@@ -111,7 +112,12 @@ def _subtitles(words: Sequence[Word]) -> list[list[Word]]:
     """Words in subtitles: a new one after a pause, when it gets too long, or has too many letters."""
     lines: list[list[Word]] = []
     for word in words:
-        if not lines or word.start - lines[-1][-1].end > 0.8 or word.end - lines[-1][0].start > LINE_SECONDS or len(_text([*lines[-1], word])) > LINE_LETTERS:
+        if (
+            not lines
+            or word.start - lines[-1][-1].end > 0.8
+            or word.end - lines[-1][0].start > LINE_SECONDS
+            or len(_text([*lines[-1], word])) > LINE_LETTERS
+        ):
             lines.append([])
         lines[-1].append(word)
     return lines

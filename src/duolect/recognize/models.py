@@ -42,7 +42,9 @@ class Models:
 
     def language(self, name: str, *, prompt: str = "") -> HFCausalLM:
         """The causal language model of that name, with a prompt before every text."""
-        return self._once(("language", name, prompt), lambda: HFCausalLM.load(resolve(name), dtype=self.precision, device=self.device, prompt=prompt))
+        return self._once(
+            ("language", name, prompt), lambda: HFCausalLM.load(resolve(name), dtype=self.precision, device=self.device, prompt=prompt)
+        )
 
     def attention(self, name: str) -> WhisperAed:
         """The attention encoder-decoder of that name."""

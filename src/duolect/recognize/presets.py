@@ -58,7 +58,10 @@ def _unit(x: Ingredients, when: Schedule, beam: int, *, prior: bool = False) -> 
 
 def _both(x: Ingredients) -> Decoding:
     scales = x.scales["unit+llm"]
-    return TimeSynchronous(x.beam, {"unit": Language(x.unit_lm, scales["unit"], EveryLabel()), "llm": Language(x.lm, scales["llm"], Every(x.interval), x.prompt)})
+    return TimeSynchronous(
+        x.beam,
+        {"unit": Language(x.unit_lm, scales["unit"], EveryLabel()), "llm": Language(x.lm, scales["llm"], Every(x.interval), x.prompt)},
+    )
 
 
 def _joint_label(x: Ingredients) -> Decoding:
@@ -80,7 +83,9 @@ PRESETS: Mapping[str, Preset] = {
     "rescore": Preset("CTC + LLM, n-best rescoring", lambda x: _llm(x, AtEnd(), x.nbest), "llm"),
     "rescore-prior": Preset("CTC + LLM - prior, n-best rescoring", lambda x: _llm(x, AtEnd(), x.nbest, prior=True), "llm+prior"),
     "delayed": Preset("CTC + LLM, delayed every n frames", lambda x: _llm(x, Every(x.interval), x.beam), "llm"),
-    "delayed-prior": Preset("CTC + LLM - prior, delayed every n frames", lambda x: _llm(x, Every(x.interval), x.beam, prior=True), "llm+prior"),
+    "delayed-prior": Preset(
+        "CTC + LLM - prior, delayed every n frames", lambda x: _llm(x, Every(x.interval), x.beam, prior=True), "llm+prior"
+    ),
     "word-end": Preset("CTC + LLM, delayed to word ends", lambda x: _llm(x, AtWordEnd(), x.beam), "llm"),
     "shortest": Preset("CTC + LLM, delayed by shortest hypothesis", lambda x: _llm(x, ShortestHypothesis(4), x.beam), "llm"),
     "unit-rescore": Preset("CTC + unit LM, n-best rescoring", lambda x: _unit(x, AtEnd(), x.nbest), "unit"),
@@ -89,8 +94,14 @@ PRESETS: Mapping[str, Preset] = {
     "labelwise-delayed": Preset("CTC + unit LM label-wise + LLM delayed", _both, "unit+llm"),
     "aed-greedy": Preset("AED greedy", lambda x: LabelSynchronous({"aed": Attention(x.aed)}, 1)),
     "aed": Preset("AED beam", lambda x: LabelSynchronous({"aed": Attention(x.aed)}, x.aed_beam, length_exponent=1.0)),
-    "aed+ctc-rescore": Preset("CTC + AED, n-best rescoring", lambda x: TimeSynchronous(x.nbest, {"aed": Attention(x.aed, x.scales["aed"]["aed"], AtEnd())}), "aed"),
-    "aed+ctc-time": Preset("AED + CTC, time-synchronous", lambda x: TimeSynchronous(x.beam, {"aed": Attention(x.aed, x.scales["aed"]["aed"], Every(x.interval))}), "aed"),
+    "aed+ctc-rescore": Preset(
+        "CTC + AED, n-best rescoring", lambda x: TimeSynchronous(x.nbest, {"aed": Attention(x.aed, x.scales["aed"]["aed"], AtEnd())}), "aed"
+    ),
+    "aed+ctc-time": Preset(
+        "AED + CTC, time-synchronous",
+        lambda x: TimeSynchronous(x.beam, {"aed": Attention(x.aed, x.scales["aed"]["aed"], Every(x.interval))}),
+        "aed",
+    ),
     "aed+ctc-label": Preset("AED + CTC, label-synchronous", _joint_label, "aed"),
 }
 

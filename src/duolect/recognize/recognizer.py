@@ -102,7 +102,9 @@ class Recognizer:
         output = model.log_probs_of([audio for _, audio in loaded])
         encoding = (time.perf_counter() - begin) / max(sum(len(audio) for _, audio in loaded), 1)  # per sample
         found: dict[str, dict[int, list[tuple[float, Found]]]] = {name: defaultdict(list) for name in self.decodings}
-        segments = [s for i, (_, audio) in enumerate(loaded) for s in _segments(i, audio, output.log_probs[i, : int(output.lengths[i])], model)]
+        segments = [
+            s for i, (_, audio) in enumerate(loaded) for s in _segments(i, audio, output.log_probs[i, : int(output.lengths[i])], model)
+        ]
         for indices in batches_by_seconds([s.seconds for s in segments], batch_seconds=self.batch_seconds):
             part = [segments[i] for i in indices]
             batch = self._prepared(part, model)
@@ -112,7 +114,12 @@ class Recognizer:
         results: list[dict[str, Recognized]] = []
         for i, (utterance, audio) in enumerate(loaded):
             fields = {"duration": round(len(audio) / SAMPLE_RATE, 3), **{k: v for k, v in utterance.fields.items() if v is not None}}
-            results.append({name: self._joined(fields, found[name][i], encoding * len(audio) * decoding.hears_ctc) for name, decoding in self.decodings.items()})
+            results.append(
+                {
+                    name: self._joined(fields, found[name][i], encoding * len(audio) * decoding.hears_ctc)
+                    for name, decoding in self.decodings.items()
+                }
+            )
         return results
 
     def _prepared(self, segments: Sequence[Segment], model: AcousticModel) -> Batch:
@@ -153,8 +160,10 @@ def timed_words(hypothesis: Hypothesis, segment: Segment, model: AcousticModel) 
     aligned = align(segment.log_probs, labels, blank=vocabulary.blank)
     if not aligned:
         return []
-    return [Word(w.text, w.start + segment.start, w.end + segment.start, w.confidence)
-            for w in words(aligned, vocabulary=vocabulary, seconds_per_frame=model.seconds_per_frame)]
+    return [
+        Word(w.text, w.start + segment.start, w.end + segment.start, w.confidence)
+        for w in words(aligned, vocabulary=vocabulary, seconds_per_frame=model.seconds_per_frame)
+    ]
 
 
 def _segments(owner: int, audio: np.ndarray, log_probs: Tensor, model: AcousticModel) -> list[Segment]:

@@ -91,7 +91,9 @@ def pauses(blank: Tensor, *, longest: int) -> list[tuple[int, int]]:
     if frames <= longest:
         return [(0, frames)]
     # A pause is half a second rather than one frame: every label is surrounded by short blanks.
-    smooth = torch.nn.functional.avg_pool1d(blank.float().clamp(min=-20)[None, None], 13, stride=1, padding=6, count_include_pad=False)[0, 0]
+    smooth = torch.nn.functional.avg_pool1d(blank.float().clamp(min=-20)[None, None], 13, stride=1, padding=6, count_include_pad=False)[
+        0, 0
+    ]
     out, start = [], 0
     while frames - start > longest:
         first = start + longest // 2

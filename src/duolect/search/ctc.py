@@ -62,8 +62,16 @@ class Term:
         return weighted(self.fused.scale, self.score)
 
 
-def ctc_beam_search(log_probs: Tensor, lengths: Tensor, *, vocabulary: Vocabulary, beam: int, fused: Mapping[str, Fused] | None = None,
-                    recombine: Literal["sum", "max"] = "sum", acoustic: str = "ctc") -> list[list[Hypothesis]]:
+def ctc_beam_search(
+    log_probs: Tensor,
+    lengths: Tensor,
+    *,
+    vocabulary: Vocabulary,
+    beam: int,
+    fused: Mapping[str, Fused] | None = None,
+    recombine: Literal["sum", "max"] = "sum",
+    acoustic: str = "ctc",
+) -> list[list[Hypothesis]]:
     """Up to `beam` hypotheses per utterance, best first, by log p_ctc + sum_i scale_i * log p_i.
 
     log_probs: [B, T, V] natural log, normalized; lengths: [B] frames. `recombine`: a prefix scores the sum of its alignments or its best
@@ -85,14 +93,15 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor, *, vocabulary: Vocabulary, ac
     return out
 
 
-def _search(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, beam: int, fused: Mapping[str, Fused], recombine: str,
-            acoustic: str) -> list[list[Hypothesis]]:
+def _search(
+    log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, beam: int, fused: Mapping[str, Fused], recombine: str, acoustic: str
+) -> list[list[Hypothesis]]:
     _check(log_probs, lengths, vocabulary, beam, fused, acoustic)
     combine = torch.logaddexp if recombine == "sum" else torch.maximum
     log_probs = log_probs.float()
     terms = {name: _begin(f, len(log_probs), vocabulary.size, log_probs.device) for name, f in fused.items()}
     now = _empty(len(log_probs), log_probs.device)
-    starts = torch.tensor([vocabulary.starts_word(i) for i in range(vocabulary.size)], device=log_probs.device)
+    starts = torch.tensor(vocabulary.word_starts, device=log_probs.device)
     hashes = _label_hashes(vocabulary.size, log_probs.device)
     assert vocabulary.blank is not None
     for t in range(int(lengths.max()) if len(lengths) else 0):
@@ -108,7 +117,7 @@ def _search(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, beam: in
 
 def _step(now: Beam, frame: Tensor, terms: Mapping[str, Term], blank: int, beam: int, combine: Any, hashes: Tensor) -> tuple[Beam, Tensor]:
     """(the beam after one more frame, [B, K'] the slot each hypothesis came from)."""
-    groups, k, v = len(frame), now.size, frame.shape[1]
+    k, v = now.size, frame.shape[1]
     known = sum((term.part for term in terms.values()), torch.zeros_like(now.blank))
     total, last = now.total(combine), now.last.clamp(min=0)
     own = frame.gather(1, last).masked_fill(now.last < 0, NEG)
@@ -127,9 +136,15 @@ def _step(now: Beam, frame: Tensor, terms: Mapping[str, Term], blank: int, beam:
     label = torch.where(stays, 0, (chosen - k).clamp(min=0) % v)
     dead = best == NEG
     grown = grow.flatten(1).gather(1, source * v + label)
-    return _moved(now, source, label, stays, hashes,
-                  blank=torch.where(stays, stay_blank.gather(1, source), NEG).masked_fill(dead, NEG),
-                  score=torch.where(stays, stay_label.gather(1, source), grown).masked_fill(dead, NEG)), source
+    return _moved(
+        now,
+        source,
+        label,
+        stays,
+        hashes,
+        blank=torch.where(stays, stay_blank.gather(1, source), NEG).masked_fill(dead, NEG),
+        score=torch.where(stays, stay_label.gather(1, source), grown).masked_fill(dead, NEG),
+    ), source
 
 
 def _merge(now: Beam, stay_label: Tensor, grow: Tensor, last: Tensor, combine: Any) -> tuple[Tensor, Tensor]:
@@ -154,8 +169,15 @@ def _moved(now: Beam, source: Tensor, label: Tensor, stays: Tensor, hashes: Tens
     b, k = (~stays).nonzero(as_tuple=True)
     history[b, k, length[b, k]] = label[b, k]
     key = now.key.gather(1, source)
-    return Beam(blank, score, torch.where(stays, now.last.gather(1, source), label), torch.where(stays, length, length + 1), history,
-                torch.where(stays, key, key * _MULTIPLIER + hashes[label]), torch.where(stays, now.parent_key.gather(1, source), key))
+    return Beam(
+        blank,
+        score,
+        torch.where(stays, now.last.gather(1, source), label),
+        torch.where(stays, length, length + 1),
+        history,
+        torch.where(stays, key, key * _MULTIPLIER + hashes[label]),
+        torch.where(stays, now.parent_key.gather(1, source), key),
+    )
 
 
 def _begin(fused: Fused, groups: int, labels: int, device: torch.device) -> Term:
@@ -247,7 +269,9 @@ def _check(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, beam: int
     if beam < 1:
         raise SearchError(f"a beam of {beam} holds no hypothesis: give 1 or more")
     if vocabulary.blank is None or log_probs.shape[2] != vocabulary.size:
-        raise SearchError(f"log_probs have {log_probs.shape[2]} labels, the vocabulary {vocabulary.size} and blank {vocabulary.blank}: not its CTC model")
+        raise SearchError(
+            f"log_probs have {log_probs.shape[2]} labels, the vocabulary {vocabulary.size} and blank {vocabulary.blank}: not its CTC model"
+        )
     if len(lengths) != len(log_probs) or (len(lengths) and int(lengths.max()) > log_probs.shape[1]):
         raise SearchError(f"lengths {tuple(lengths.shape)} do not fit log_probs {tuple(log_probs.shape)}")
     if acoustic in fused:

@@ -176,12 +176,16 @@ class ByWord(Scorer[Held[State]]):
 
     def __init__(self, scorer: Scorer[State], vocabulary: Vocabulary, convert: Convert, *, end: Sequence[int] = ()) -> None:
         self.scorer, self.vocabulary, self.convert, self.end = scorer, vocabulary, convert, tuple(end)
-        self._starts = torch.tensor([vocabulary.starts_word(i) for i in range(vocabulary.size)])
+        self._starts = torch.tensor(vocabulary.word_starts)
         self._known: dict[tuple[tuple[int, ...], bool], tuple[int, ...]] = {}
 
     def start(self, rows: int) -> Held[State]:
-        return Held(self.scorer.start(rows), torch.zeros(rows, 0, dtype=torch.long), torch.zeros(rows, dtype=torch.long),
-                    torch.zeros(rows, dtype=torch.bool))
+        return Held(
+            self.scorer.start(rows),
+            torch.zeros(rows, 0, dtype=torch.long),
+            torch.zeros(rows, dtype=torch.long),
+            torch.zeros(rows, dtype=torch.bool),
+        )
 
     def log_probs(self, state: Held[State], labels: Tensor | None = None) -> Tensor:
         raise SearchError(
@@ -210,8 +214,9 @@ class ByWord(Scorer[Held[State]]):
         r = rows.cpu()
         return Held(self.scorer.select(state.inner, rows), state.pending[r], state.count[r], state.begun[r])
 
-    def _pass_on(self, inner: State, pending: Tensor, cut: Tensor, begun: Tensor, device: torch.device | None, *,
-                 flush: bool) -> tuple[Tensor, State, Tensor]:
+    def _pass_on(
+        self, inner: State, pending: Tensor, cut: Tensor, begun: Tensor, device: torch.device | None, *, flush: bool
+    ) -> tuple[Tensor, State, Tensor]:
         labels, ends, firsts = pending.tolist(), cut.tolist(), (~begun).tolist()
         words = [self._converted(y[:n], first) if n else [] for y, n, first in zip(labels, ends, firsts, strict=True)]
         if flush:
@@ -270,7 +275,9 @@ class LabelPrior(Scorer[int]):
 
     def __init__(self, log_prior: Tensor, vocabulary: Vocabulary) -> None:
         if log_prior.shape != (vocabulary.size,):
-            raise VocabularyError(f"the prior has {tuple(log_prior.shape)} entries, the vocabulary {vocabulary.size} labels: estimate it anew")
+            raise VocabularyError(
+                f"the prior has {tuple(log_prior.shape)} entries, the vocabulary {vocabulary.size} labels: estimate it anew"
+            )
         spoken = torch.ones(vocabulary.size, dtype=torch.bool)
         spoken[[x for x in (vocabulary.blank, vocabulary.eos) if x is not None]] = False
         if not bool(log_prior[spoken].isfinite().all()):

@@ -44,8 +44,16 @@ class Beam:
         return self.score / n.double().pow(exponent).to(self.score.dtype)
 
 
-def label_beam_search(fused: Mapping[str, Fused], utterances: int, *, beam: int, max_labels: int | Tensor, length_exponent: float = 0.0,
-                      stop: Literal["best", "all"] = "best", vocabulary: Vocabulary | None = None) -> list[list[Hypothesis]]:
+def label_beam_search(
+    fused: Mapping[str, Fused],
+    utterances: int,
+    *,
+    beam: int,
+    max_labels: int | Tensor,
+    length_exponent: float = 0.0,
+    stop: Literal["best", "all"] = "best",
+    vocabulary: Vocabulary | None = None,
+) -> list[list[Hypothesis]]:
     """Up to `beam` finished hypotheses per utterance, best first, by (sum_i scale_i * log p_i) / (labels incl. eos)^length_exponent.
 
     Scorers whose schedule looks ahead propose labels; the others are asked when their schedule says so. `vocabulary`: the search's,
@@ -55,7 +63,9 @@ def label_beam_search(fused: Mapping[str, Fused], utterances: int, *, beam: int,
     first = next(iter(fused.values()), None)
     vocabulary = vocabulary or (first.scorer.vocabulary if first else None)
     if vocabulary is None or not any(f.when.lookahead and f.scale != 0 for f in fused.values()):
-        raise SearchError("a label-synchronous search needs a scorer that proposes labels: one fused with every_label() and a scale that is not 0")
+        raise SearchError(
+            "a label-synchronous search needs a scorer that proposes labels: one fused with every_label() and a scale that is not 0"
+        )
     if beam < 1:
         raise SearchError(f"a beam of {beam} holds no hypothesis: give 1 or more")
     for name, f in fused.items():
@@ -64,14 +74,15 @@ def label_beam_search(fused: Mapping[str, Fused], utterances: int, *, beam: int,
         return _search(fused, utterances, vocabulary, beam, max_labels, length_exponent, stop)
 
 
-def _search(fused: Mapping[str, Fused], utterances: int, vocabulary: Vocabulary, beam: int, max_labels: int | Tensor, exponent: float,
-            stop: str) -> list[list[Hypothesis]]:
+def _search(
+    fused: Mapping[str, Fused], utterances: int, vocabulary: Vocabulary, beam: int, max_labels: int | Tensor, exponent: float, stop: str
+) -> list[list[Hypothesis]]:
     terms = {}
     for name, f in fused.items():
         zero = torch.zeros(utterances, 1)
         terms[name] = Term(f, f.scorer.start(utterances), zero, zero.long())
     limit = torch.as_tensor(max_labels).expand(utterances)
-    starts = torch.tensor([vocabulary.starts_word(i) for i in range(vocabulary.size)])
+    starts = torch.tensor(vocabulary.word_starts)
     index = torch.zeros(utterances, 1, dtype=torch.long)
     now = Beam(torch.zeros(utterances, 1), index[..., None][..., :0], index, index > 0)
     who = torch.arange(utterances)  # the utterances still searched; finished ones leave the batch, so that no straggler holds them
@@ -93,12 +104,17 @@ def _search(fused: Mapping[str, Fused], utterances: int, vocabulary: Vocabulary,
             for b in done.nonzero()[:, 0].tolist():
                 results[int(who[b])] = _hypotheses(now, terms, b, vocabulary, exponent)
             keep = (~done).nonzero()[:, 0]
-            who, now, terms = who[keep], _kept(now, keep), {name: _kept_term(term, keep, now.score.shape[1]) for name, term in terms.items()}
+            who, now, terms = (
+                who[keep],
+                _kept(now, keep),
+                {name: _kept_term(term, keep, now.score.shape[1]) for name, term in terms.items()},
+            )
     return results
 
 
-def _grow(now: Beam, terms: Mapping[str, Term], limit: Tensor, vocabulary: Vocabulary, beam: int, exponent: float,
-          step: int) -> tuple[Beam, dict[str, Term]]:
+def _grow(
+    now: Beam, terms: Mapping[str, Term], limit: Tensor, vocabulary: Vocabulary, beam: int, exponent: float, step: int
+) -> tuple[Beam, dict[str, Term]]:
     groups, k = now.score.shape
     eos, v = vocabulary.eos, vocabulary.size
     step_scores = torch.zeros(groups, k, v)

@@ -98,8 +98,13 @@ class CtcPrefix(Scorer[PrefixState]):
         def chosen(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, old)
 
-        return PrefixState(chosen(new_label.clamp(min=IMPOSSIBLE), state.label), chosen(new_blank.clamp(min=IMPOSSIBLE), state.blank),
-                           chosen(prefix, state.prefix), chosen(label, state.last), state.utterance)
+        return PrefixState(
+            chosen(new_label.clamp(min=IMPOSSIBLE), state.label),
+            chosen(new_blank.clamp(min=IMPOSSIBLE), state.blank),
+            chosen(prefix, state.prefix),
+            chosen(label, state.last),
+            state.utterance,
+        )
 
     def finish(self, state: PrefixState) -> Tensor:
         return (_possible(torch.logaddexp(state.label[:, -1], state.blank[:, -1])) - state.prefix).float()

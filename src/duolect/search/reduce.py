@@ -26,7 +26,9 @@ class Reduced:
     frame: Tensor  # [B, T] index of the new frame
 
 
-def soft_collapse(log_probs: Tensor, lengths: Tensor, *, threshold: float, reduce: Literal["max_renorm", "logmeanexp"] = "max_renorm") -> Reduced:
+def soft_collapse(
+    log_probs: Tensor, lengths: Tensor, *, threshold: float, reduce: Literal["max_renorm", "logmeanexp"] = "max_renorm"
+) -> Reduced:
     """Frames that repeat the label of the one before, both with probability >= threshold, merged into it; blank runs too.
 
     `max_renorm`: greatest log-prob per label, normalized again; `logmeanexp`: mean probability. threshold > 1 changes nothing.
@@ -56,7 +58,9 @@ def soft_collapse(log_probs: Tensor, lengths: Tensor, *, threshold: float, reduc
     return Reduced(merged[:, :most], new_lengths, frame)
 
 
-def prune_labels(log_probs: Tensor, lengths: Tensor, *, keep: int, vocabulary: Vocabulary, reduce: Literal["mean", "max"] = "max") -> Tensor:
+def prune_labels(
+    log_probs: Tensor, lengths: Tensor, *, keep: int, vocabulary: Vocabulary, reduce: Literal["mean", "max"] = "max"
+) -> Tensor:
     """[B, T, V] log-probs in which each utterance keeps its `keep` likeliest labels and blank, normalized again; the rest is -inf.
 
     A label's rank is the mean or the greatest of its log-probs over the utterance's frames (paper.md 2.3). keep >= V changes nothing.

@@ -19,7 +19,9 @@ LabelsOf = Callable[[Hypothesis], Sequence[int]]
 def own_labels(hypothesis: Hypothesis) -> Sequence[int]:
     """The labels the search found, for a scorer of the same vocabulary."""
     if hypothesis.text and not hypothesis.labels:
-        raise SearchError(f"hypothesis {hypothesis.text[:40]!r} has no labels, so a scorer of the acoustic model's vocabulary cannot score it")
+        raise SearchError(
+            f"hypothesis {hypothesis.text[:40]!r} has no labels, so a scorer of the acoustic model's vocabulary cannot score it"
+        )
     return hypothesis.labels
 
 
@@ -39,6 +41,7 @@ def labels_of_text(vocabulary: Vocabulary, *, policy: TextPolicy | None = None) 
 
 def labels_for(vocabulary: Vocabulary, hypotheses: Sequence[Hypothesis], *, policy: TextPolicy | None = None) -> LabelsOf:
     """`own_labels` where the hypotheses' labels spell their text in this vocabulary, else `labels_of_text`."""
+
     def spells(h: Hypothesis) -> bool:
         return all(0 <= y < vocabulary.size for y in h.labels) and vocabulary.decode(h.labels) == h.text
 
@@ -67,6 +70,8 @@ def ranked(hypotheses: Sequence[Hypothesis], scales: Mapping[str, float]) -> lis
     for h in hypotheses[:1]:
         missing = [name for name in scales if name not in h.parts]
         if missing:
-            raise SearchError(f"there is a scale for {', '.join(missing)}, but the hypotheses have only {', '.join(h.parts)}: rescore them first")
+            raise SearchError(
+                f"there is a scale for {', '.join(missing)}, but the hypotheses have only {', '.join(h.parts)}: rescore them first"
+            )
     used = {name: scale for name, scale in scales.items() if scale != 0}
     return sorted(hypotheses, key=lambda h: -h.score(used))

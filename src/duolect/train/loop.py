@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import random
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -30,7 +31,8 @@ class TrainError(RuntimeError):
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train. learning_rates: peak per parameter group. seconds: a budget of wall-clock time (s) that ends and decays the run earlier
-    than `steps` would; batches then are still those of (seed, epoch)."""
+    than `steps` would; batches then are still those of (seed, epoch). average: decay per step of a moving average of the weights, which
+    then is what is validated and saved (small batches at high rates are noisy); 0: none."""
 
     steps: int
     learning_rates: Mapping[str, float]
@@ -40,6 +42,7 @@ class TrainConfig:
     final_share: float = 0.01
     weight_decay: float = 0.01
     clip: float = 1.0
+    average: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     log_every: int = 20
@@ -104,6 +107,34 @@ class _Window:
     since: float = field(default_factory=time.monotonic)
 
 
+class Average:
+    """The exponential moving average of parameters, young at first: its decay grows with the steps (1 + n) / (10 + n) to `decay`."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.values = [p.detach().clone() for p in parameters] if decay else []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes the parameters in after update number `step` (0-based)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        if self.values:
+            torch._foreach_lerp_(self.values, list(self.parameters), 1 - decay)
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """The parameters are the average inside the block, and what they were behind it."""
+        now = [p.detach().clone() for p in self.parameters] if self.values else []
+        with torch.no_grad():
+            for p, value in zip(self.parameters, self.values, strict=bool(self.values)):
+                p.copy_(value)
+            try:
+                yield
+            finally:
+                for p, value in zip(self.parameters, now, strict=bool(now)):
+                    p.copy_(value)
+
+
 def train(task: Task[Any], config: TrainConfig, folder: str | Path) -> Mapping[str, float]:
     """The last validation figures, after training to the end; goes on where an earlier run in `folder` stopped.
 
@@ -114,8 +145,9 @@ def train(task: Task[Any], config: TrainConfig, folder: str | Path) -> Mapping[s
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     optimizer = adamw(task.groups(), config.learning_rates, weight_decay=config.weight_decay)
-    place = _resume(task, optimizer, folder)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    average = Average(trainable, config.average)
+    place = _resume(task, optimizer, average, folder)
     started, window, figures = time.monotonic() - place.seconds, _Window(), {}
     batches: Sequence[Any] = task.plan(place.epoch)
     task.model.train()
@@ -130,14 +162,16 @@ def train(task: Task[Any], config: TrainConfig, folder: str | Path) -> Mapping[s
         # Dropout is a function of the step too: a resumed run repeats nothing and skips nothing.
         torch.manual_seed(random.Random(f"{config.seed}/{place.step}").getrandbits(48))
         _step(task, optimizer, trainable, batches[place.batch], place, config, window)
+        average.update(place.step)
         place = replace(place, step=place.step + 1, batch=place.batch + 1, seconds=time.monotonic() - started)
         if place.step % config.log_every == 0:
             window = _log(folder, place, config, window, rates)
         last = _progress(place, config) >= 1.0
         if last or place.step % config.validate_every == 0:
-            figures = _validate(task, folder, place)
+            with average.used():
+                figures = _validate(task, folder, place)
         if last or place.step % config.save_every == 0:
-            _save(task, optimizer, folder, replace(place, seconds=time.monotonic() - started))
+            _save(task, optimizer, average, folder, replace(place, seconds=time.monotonic() - started))
     return figures
 
 
@@ -194,15 +228,16 @@ def _append(folder: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _save(task: Task[Any], optimizer: torch.optim.Optimizer, folder: Path, place: _Position) -> None:
+def _save(task: Task[Any], optimizer: torch.optim.Optimizer, average: Average, folder: Path, place: _Position) -> None:
     """The model to use and the state to resume from; each replaced whole, so that a kill leaves the older one."""
-    task.save(folder / "model", note=f"step {place.step}, {place.seconds / 60:.0f} minutes of training")
-    state = {"model": task.model.state_dict(), "optimizer": optimizer.state_dict(), "place": vars(place)}
+    with average.used():
+        task.save(folder / "model", note=f"step {place.step}, {place.seconds / 60:.0f} minutes of training")
+    state = {"model": task.model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values, "place": vars(place)}
     torch.save(state, folder / f"{STATE}.part")
     os.replace(folder / f"{STATE}.part", folder / STATE)
 
 
-def _resume(task: Task[Any], optimizer: torch.optim.Optimizer, folder: Path) -> _Position:
+def _resume(task: Task[Any], optimizer: torch.optim.Optimizer, average: Average, folder: Path) -> _Position:
     path = folder / STATE
     if not path.is_file():
         return _Position()
@@ -210,6 +245,7 @@ def _resume(task: Task[Any], optimizer: torch.optim.Optimizer, folder: Path) -> 
     try:
         task.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        average.values = state["average"]
     except (RuntimeError, ValueError, KeyError) as error:
         cause = " ".join(str(error).split())[:160]
         raise TrainError(f"{path}: was saved by another configuration ({cause}): name another run folder") from error
