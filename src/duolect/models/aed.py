@@ -141,11 +141,10 @@ def _silenced(vocabulary: TokenizerVocabulary, spelling: str) -> list[int]:
     keep = set("'.,?!-")
     silenced = []
     for label in range(vocabulary.size):
-        if label == vocabulary.eos:
-            continue
-        text = vocabulary.decode([label]).strip()
-        special = vocabulary.piece(label).startswith("<|")
-        odd = spelling == "words" and (not text or any(not (c.isascii() and c.isalpha()) and c not in keep for c in text))
-        if special or odd:
+        piece = vocabulary.piece(label)
+        # Byte-level pieces write a space as Ġ and bytes beyond ASCII as other letters beyond ASCII.
+        letters = piece.removeprefix("Ġ")
+        odd = not letters or any(not (c.isascii() and c.isalpha()) and c not in keep for c in letters)
+        if label != vocabulary.eos and (piece.startswith("<|") or (spelling == "words" and odd)):
             silenced.append(label)
     return silenced
