@@ -44,6 +44,15 @@ def test_transcribe_prints_and_writes(duolect, zoo, with_models, tmp_path):
     assert code == 0 and text.splitlines()[1].split("\t") == ["u0", out.strip()]
 
 
+def test_the_decoding_is_chosen_by_what_fits(duolect, zoo, tmp_path):
+    fitting = ["--am", zoo["am"], "--lm", zoo["llm"], "--unit-lm", zoo["unit"], "--device", "cpu"]
+    _, _, err = duolect("transcribe", zoo["corpus"] / "u0.wav", *fitting)
+    assert "scales unit+llm" in err
+    other = ["--am", zoo["am"], "--lm", zoo["llm"], "--unit-lm", zoo["llm"], "--device", "cpu"]
+    code, out, err = duolect("transcribe", zoo["corpus"] / "u0.wav", *other)
+    assert code == 0 and out and "scales llm:" in err
+
+
 def test_decode_rescore_tune_score_make_a_chain(duolect, zoo, with_models, tmp_path):
     code, _, err = duolect(
         "decode", "--data", zoo["corpus"], "--out", tmp_path / "a.jsonl", *with_models, "--decoding", "ctc", "--nbest", "5"

@@ -38,7 +38,6 @@ def prior(
         am: CTC acoustic model.
         out: Folder for priors.json; default: the model's own folder.
     """
-    import torch
     from tqdm import tqdm
 
     from duolect.audio.io import AudioError, read_audio
@@ -48,7 +47,6 @@ def prior(
     from duolect.recognize.models import PRIORS_FILE, count_prior, softmax_prior
     from duolect.run import write_json
 
-    torch.set_grad_enabled(False)
     model = load_acoustic_model(am)
     utterances = open_source(data).utterances
     step = max(1, len(utterances) // limit)

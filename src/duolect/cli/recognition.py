@@ -54,7 +54,7 @@ def transcribe(
     files: Positional[tuple[Path, ...]],
     /,
     models: Annotated[ModelOptions, arg(name="")] = ModelOptions(),
-    decoding: str = "labelwise-delayed",
+    decoding: str = "auto",
     format: Literal["txt", "json", "srt", "vtt", "ctm"] = "txt",
     out: Path | None = None,
 ) -> int:
@@ -63,7 +63,8 @@ def transcribe(
     Args:
         files: Audio files, folders of them, or manifests.
         models: Models.
-        decoding: A named decoding (see `duolect compare --help`) or a JSON file.
+        decoding: A named decoding (see `duolect compare --help`) or a JSON file; auto: labelwise-delayed where the unit LM has the
+            acoustic model's units, else delayed.
         format: What is written: plain text, or with word times and confidences.
         out: Folder for one file per recording; without it everything goes to standard output.
     """
@@ -97,7 +98,7 @@ def decode(
     data: Path,
     out: Path,
     models: Annotated[ModelOptions, arg(name="")] = ModelOptions(),
-    decoding: str = "labelwise-delayed",
+    decoding: str = "auto",
     set: UseAppendAction[tuple[str, ...]] = (),
     keep: int | None = None,
     words: bool = False,
@@ -108,7 +109,8 @@ def decode(
         data: Manifest, folder, LibriSpeech tree or audio file.
         out: The hypotheses file.
         models: Models.
-        decoding: A named decoding (see `duolect compare --help`) or a JSON file.
+        decoding: A named decoding (see `duolect compare --help`) or a JSON file; auto: labelwise-delayed where the unit LM has the
+            acoustic model's units, else delayed.
         set: Changes a field of the decoding: --set beam=16 --set terms.llm.scale=0.3
         keep: At most so many hypotheses a line.
         words: Also times and confidences of the words.
@@ -253,9 +255,24 @@ def _recognizer(
     from duolect.recognize.recognizer import Recognizer
 
     models = Models(device=_device(options.device), precision=options.precision)
+    decodings = {name: _chosen(which, options, models) for name, which in decodings.items()}
     ingredients = _ingredients(options, models, decodings.values(), warn)
     made = {name: decoding_of(which, ingredients, overrides) for name, which in decodings.items()}
     return Recognizer(models, options.am, made, batch_seconds=options.batch_seconds, word_times=word_times)
+
+
+def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
+    """The name of a decoding, `auto` replaced: both language models where the unit LM speaks the acoustic model's units."""
+    from duolect.models.embedded import resolve
+    from duolect.vocabulary import VocabularyError, load_vocabulary
+
+    if decoding != "auto":
+        return decoding
+    try:
+        same = load_vocabulary(resolve(options.unit_lm)).digest() == models.acoustic(options.am).vocabulary.digest()
+    except VocabularyError:
+        same = False
+    return "labelwise-delayed" if same else "delayed"
 
 
 def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Sequence[Mapping[str, Any]]) -> Ingredients:

@@ -103,7 +103,9 @@ class WhisperScorer(DecoderScorer):
     def _heard(self, attention: Any) -> NodeLayer:
         """The audio's keys and values in one layer, [B, heads, 1500, head size]."""
         layer = NodeLayer()
-        keys, values = (f(self.encoded).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for f in (attention.k_proj, attention.v_proj))
+        keys, values = (
+            f(self.encoded).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for f in (attention.k_proj, attention.v_proj)
+        )
         layer.fill(keys.contiguous(), values.contiguous())
         return layer
 

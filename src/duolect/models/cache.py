@@ -44,7 +44,9 @@ class Trie:
         index = torch.empty(0, dtype=torch.long, device=device)
         hidden = torch.zeros(groups, 0, width, device=device, dtype=dtype)
         utterance = torch.arange(groups, device=device)
-        return cls(ints(), ints(), ints(), ints()[..., None], floats, floats.clone(), hidden, ints().sum(1), cache, utterance, index, index.clone())
+        return cls(
+            ints(), ints(), ints(), ints()[..., None], floats, floats.clone(), hidden, ints().sum(1), cache, utterance, index, index.clone()
+        )
 
     @property
     def groups(self) -> int:

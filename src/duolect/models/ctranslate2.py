@@ -129,7 +129,7 @@ def _write_configs(weights: dict[str, Tensor], tokenizer: Path, settings: dict[s
     end, start = pieces.token_to_id("<|endoftext|>"), pieces.token_to_id("<|startoftranscript|>")
     dim, mels, _ = weights["model.encoder.conv1.weight"].shape
     layers = {part: len([n for n in weights if re.fullmatch(rf"model.{part}.layers.\d+.fc1.bias", n)]) for part in ("encoder", "decoder")}
-    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+    ends: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
     config = WhisperConfig(
         vocab_size=len(weights["model.decoder.embed_tokens.weight"]), num_mel_bins=mels, d_model=dim, encoder_layers=layers["encoder"],
         decoder_layers=layers["decoder"], encoder_attention_heads=dim // 64, decoder_attention_heads=dim // 64, encoder_ffn_dim=4 * dim,

@@ -61,7 +61,7 @@ class HFCausalLM(DecoderScorer):
             vocabulary = load_vocabulary(path)
         else:
             vocabulary = TokenizerVocabulary.load(source, **_start_and_end(model.config), **options)
-        return cls(model.to(device), vocabulary, prompt=prompt)
+        return cls(model.to(device), vocabulary, prompt=prompt)  # pyright: ignore[reportArgumentType]
 
     def _begin(self, rows: int) -> Trie:
         weight = self.output.weight
@@ -79,7 +79,11 @@ class HFCausalLM(DecoderScorer):
         mask = new.mask(self.output.weight.dtype)
         with packing(new):
             out = self.decoder(
-                input_ids=new.labels[None], attention_mask=mask, position_ids=new.positions[None], past_key_values=trie.cache, use_cache=True
+                input_ids=new.labels[None],
+                attention_mask=mask,
+                position_ids=new.positions[None],
+                past_key_values=trie.cache,
+                use_cache=True,
             )
         return out.last_hidden_state[0]
 

@@ -64,7 +64,9 @@ def use_packed_attention(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, None]:
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     new = _current.get()
     if new is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -138,7 +140,7 @@ def gathered(cache: Cache, groups: Tensor, slots: Tensor) -> Cache:
     """A new cache of the nodes slots [G', N'] of groups [G']; what the groups attend to besides (audio) comes along whole."""
     if isinstance(cache, EncoderDecoderCache):
         own = gathered(cache.self_attention_cache, groups, slots)
-        frames = torch.arange(cache.cross_attention_cache.layers[0].get_seq_length(), device=groups.device)
+        frames = torch.arange(cache.cross_attention_cache.get_seq_length(), device=groups.device)
         both = EncoderDecoderCache(own, gathered(cache.cross_attention_cache, groups, frames.expand(len(groups), -1)))
         both.is_updated = dict(cache.is_updated)
         return both

@@ -76,6 +76,10 @@ class Term(ABC):
     hears_ctc: ClassVar[bool] = False  # whether it reads the CTC model's output
 
     @abstractmethod
+    def load(self, models: Models, acoustic: str) -> None:
+        """Loads what the term needs, so that a wrong name is said before any work is done."""
+
+    @abstractmethod
     def native(self, batch: Batch) -> Scorer[Any]:
         """The scorer in its own vocabulary."""
 
@@ -98,6 +102,9 @@ class Language(Term):
     prompt: str = ""
     policy: TextPolicy = field(default_factory=TextPolicy)
 
+    def load(self, models: Models, acoustic: str) -> None:
+        models.language(self.model, prompt=self.prompt)
+
     def native(self, batch: Batch) -> Scorer[Any]:
         return batch.models.language(self.model, prompt=self.prompt)
 
@@ -111,6 +118,9 @@ class Attention(Term):
     scale: float = 1.0
     when: Schedule = field(default_factory=EveryLabel)
     policy: TextPolicy = field(default_factory=lambda: TextPolicy(case="sentence", end="."))
+
+    def load(self, models: Models, acoustic: str) -> None:
+        models.attention(self.model)
 
     def native(self, batch: Batch) -> Scorer[Any]:
         aed = batch.models.attention(self.model)
@@ -127,6 +137,9 @@ class Ctc(Term):
     when: Schedule = field(default_factory=EveryLabel)
     policy: TextPolicy = field(default_factory=lambda: TextPolicy(case="lower", punctuation="drop"))
 
+    def load(self, models: Models, acoustic: str) -> None:
+        models.acoustic(acoustic)
+
     def native(self, batch: Batch) -> Scorer[Any]:
         return CtcPrefix(batch.output.log_probs, batch.output.lengths, vocabulary=batch.vocabulary)
 
@@ -142,6 +155,9 @@ class Prior(Term):
     words: bool = False
     policy: TextPolicy = field(default_factory=TextPolicy)
 
+    def load(self, models: Models, acoustic: str) -> None:
+        models.prior(acoustic, self.kind)
+
     def native(self, batch: Batch) -> Scorer[Any]:
         prior = LabelPrior(batch.models.prior(batch.acoustic, self.kind), batch.vocabulary)
         return held_to_words(prior) if self.words else prior
@@ -149,6 +165,11 @@ class Prior(Term):
 
 class Decoding(ABC):
     """A way to recognize a batch."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Mapping[str, Term]:
+        """The terms beside the CTC model's own score, by name."""
 
     @property
     def hears_ctc(self) -> bool:
@@ -168,6 +189,10 @@ class Decoding(ABC):
 @dataclass(frozen=True)
 class Greedy(Decoding):
     """The best label of each CTC frame, collapsed."""
+
+    @property
+    def parts(self) -> Mapping[str, Term]:
+        return {}
 
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
         return ctc_greedy(batch.output.log_probs, batch.output.lengths, vocabulary=batch.vocabulary)
@@ -190,6 +215,10 @@ class TimeSynchronous(Decoding):
     recombine: Literal["sum", "max"] = "sum"
     collapse: float | None = None
     keep_labels: int | None = None
+
+    @property
+    def parts(self) -> Mapping[str, Term]:
+        return self.terms
 
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
         log_probs, lengths = batch.output.log_probs, batch.output.lengths
@@ -217,6 +246,10 @@ class LabelSynchronous(Decoding):
     beam: int = 4
     length_exponent: float = 0.0
     labels_per_second: float = 10.0
+
+    @property
+    def parts(self) -> Mapping[str, Term]:
+        return self.terms
 
     @property
     def hears_ctc(self) -> bool:

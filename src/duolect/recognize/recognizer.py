@@ -66,6 +66,10 @@ class Recognizer:
 
     def recognize(self, utterances: Sequence[Utterance], *, progress: bool = True) -> Iterator[dict[str, Recognized]]:
         """For each utterance, in an order that suits batching, what each decoding made of it; failures carry an error and no transcript."""
+        self.models.acoustic(self.acoustic)
+        for decoding in self.decodings.values():
+            for term in decoding.parts.values():
+                term.load(self.models, self.acoustic)
         durations = [u.seconds if u.seconds else 10.0 for u in utterances]
         with _progress(sum(durations), progress) as bar:
             for batch in batches_by_seconds(durations, batch_seconds=self.batch_seconds):
@@ -76,7 +80,7 @@ class Recognizer:
                     except AudioError as error:
                         yield self._failed(utterance, error)
                 yield from self._batch(loaded)
-                bar.update(sum(durations[i] for i in batch))
+                bar.update(min(sum(durations[i] for i in batch), max(0.0, bar.total - bar.n)))
 
     def _batch(self, loaded: Sequence[tuple[Utterance, np.ndarray]]) -> Iterator[dict[str, Recognized]]:
         if not loaded:

@@ -119,7 +119,8 @@ class Average:
         """Takes the parameters in after update number `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         if self.values:
-            torch._foreach_lerp_(self.values, list(self.parameters), 1 - decay)
+            for value, parameter in zip(self.values, self.parameters, strict=True):
+                value.lerp_(parameter, 1 - decay)
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
