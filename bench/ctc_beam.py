@@ -233,12 +233,11 @@ def notes_of(rows: Sequence[dict[str, Any]], given: Sequence[Input], absent: str
     """What to read the table with."""
     notes = [f"{x.name}: {labels_per_frame(x.log_probs, x.lengths):.3g} labels a frame above log p -5" for x in given]
     notes.append("milliseconds per utterance; alone: one utterance at a time, batch: all B at once, collapsed: all at once after soft "
-                 f"collapse at {COLLAPSE}, its time included; theirs: pyctcdecode, one at a time, with its defaults (token_min_logp -5, "
-                 "beam_prune_logp -10); theirs unpruned: with both off, the first utterances only")
-    notes.append("x: theirs / ours; x unpruned: theirs unpruned / alone, both pruning by the beam alone; same: share of the utterances "
-                 "with the best text of `alone` and `batch`")
+                 f"collapse at {COLLAPSE}, its time included; same: share of the utterances with the best text of `alone` and `batch`")
     if absent is not None:
         return [*notes, f"pyctcdecode is left out: {absent}"]
+    notes.append("theirs: pyctcdecode, one at a time, with its defaults (token_min_logp -5, beam_prune_logp -10); theirs unpruned: both off,"
+                 " the first utterances only; x: theirs / ours; x unpruned: theirs unpruned / alone, both pruning by the beam alone")
     for name in ("theirs", "theirs unpruned"):
         found = [row["details"]["agreement"][name] for row in rows]
         distance, gap = max(f["distance"] for f in found), sum(f["gap"] for f in found) / len(found)
@@ -253,8 +252,8 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short utterances and one beam: does it run, are the results equal")
-    parser.add_argument("--log-probs", type=Path, help="what bench/dump_log_probs.py wrote; else made up")
-    parser.add_argument("--vocabulary", type=Path, help="the model folder that they are of")
+    parser.add_argument("--log-probs", type=harness.existing, help="what bench/dump_log_probs.py wrote; else made up")
+    parser.add_argument("--vocabulary", type=harness.existing, help="the model folder that they are of")
     parser.add_argument("--beams", type=int, nargs="+", default=[16, 64, 100])
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; pyctcdecode has one")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds")

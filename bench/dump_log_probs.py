@@ -16,7 +16,7 @@ from duolect.models.ctc import load_acoustic_model
 def main() -> None:
     """Writes log_probs [B, T, V] and lengths [B] of the longest utterances under a limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("manifest", type=Path)
+    parser.add_argument("manifest", type=harness.existing)
     parser.add_argument("--model", default="duolect-ctc", help="name or folder of a CTC model")
     parser.add_argument("--utterances", type=int, default=16)
     parser.add_argument("--max-seconds", type=float, default=20.0, help="of an utterance; 500 frames of duolect-ctc")

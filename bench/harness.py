@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -111,8 +112,13 @@ def save(name: str, rows: Sequence[Mapping[str, Any]], *, settings: Mapping[str,
     return path
 
 
+_refused: dict[str, str] = {}
+
+
 def wheel(package: str) -> Path:
     """The wheel of `name==version`, fetched once by pip into the throwaway folder, not installed. Raises Unavailable."""
+    if package in _refused:
+        raise Unavailable(_refused[package])
     folder = THROWAWAY / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
     name, version = package.split("==")
@@ -122,7 +128,8 @@ def wheel(package: str) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         found = list(folder.glob(f"{name}-{version}-*.whl"))
         if done.returncode or not found:
-            raise Unavailable(f"{package} could not be fetched ({_last_line(done)}): is there a network and a package index?")
+            _refused[package] = f"{package} could not be fetched ({_last_line(done)}): is there a network, a package index?"
+            raise Unavailable(_refused[package])
     return found[0]
 
 
@@ -148,6 +155,13 @@ def stand_in(name: str, **members: Any) -> None:
     for i in range(1, len(parts) + 1):
         sys.modules.setdefault(".".join(parts[:i]), ModuleType(".".join(parts[:i])))
     vars(sys.modules[name]).update(members)
+
+
+def existing(path: str) -> Path:
+    """A path that is there, as an argument's type."""
+    if not Path(path).exists():
+        raise argparse.ArgumentTypeError(f"{path} is not there")
+    return Path(path)
 
 
 def environment(name: str, packages: Sequence[str]) -> Path:

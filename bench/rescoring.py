@@ -143,7 +143,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny random model and short lists: does it run, are the results equal")
-    parser.add_argument("--hypotheses", type=Path, help="a hypotheses file of duolect with n-best lists; else made up")
+    parser.add_argument("--hypotheses", type=harness.existing, help="a hypotheses file of duolect with n-best lists; else made up")
     parser.add_argument("--model", help="folder of a causal language model; else smollm2-135m if it was pulled")
     parser.add_argument("--utterances", type=int, default=8, help="lists taken from the file (spread over it) or made up")
     parser.add_argument("--size", type=int, default=64, help="hypotheses of a list at most")

@@ -13,7 +13,8 @@ import torch
 
 from duolect.audio.augment import random_for
 from duolect.models.ctc import CtcModel, load_acoustic_model
-from duolect.recipes.embedded import EmbeddedCtc, Item, batched, embedded_ctc, hold_out, items, train_pieces
+from duolect.models.encoders import WhisperEncoder
+from duolect.recipes.embedded import EmbeddedCtc, Item, batched, blended, embedded_ctc, hold_out, items, train_pieces
 from duolect.recipes.unit_lm import UnitLm, unit_lm
 from duolect.train.loop import TrainConfig
 from duolect.vocabulary import SentencePieceVocabulary, load_vocabulary
@@ -59,6 +60,25 @@ def test_from_nothing_to_two_models_in_the_same_units(data: Path, tmp_path: Path
 
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "lm" / "model", output_loading_info=True)
     assert model.config.vocab_size == PIECES and not report["missing_keys"]
+
+
+def test_blending_is_the_mean_and_a_share_of_whisper(data: Path, tmp_path: Path) -> None:
+    vocabulary = train_pieces(data / "text.txt", pieces=PIECES)
+    models = []
+    for i in range(2):
+        torch.manual_seed(i)
+        models.append(CtcModel(WhisperEncoder.from_whisper(data / "whisper", merge_after=1), vocabulary))
+        torch.nn.init.normal_(models[i].encoder.get_parameter("layers.2.fc1.weight"))
+        models[i].save(tmp_path / str(i), card="", dtype=torch.float32)
+    got = blended([tmp_path / "0", tmp_path / "1"], whisper=str(data / "whisper"), share=0.75).state_dict()
+    one, two = (model.state_dict() for model in models)
+    own = WhisperEncoder.from_whisper(data / "whisper").state_dict()["layers.2.fc1.weight"]
+    name = "encoder.layers.2.fc1.weight"
+    torch.testing.assert_close(got[name], 0.75 * (one[name] + two[name]) / 2 + 0.25 * own)
+    torch.testing.assert_close(got["head.weight"], (one["head.weight"] + two["head.weight"]) / 2)
+    CtcModel(WhisperEncoder.from_whisper(data / "whisper"), vocabulary).save(tmp_path / "2", card="")
+    with pytest.raises(ValueError, match="of different shapes"):
+        blended([tmp_path / "0", tmp_path / "2"], whisper=str(data / "whisper"), share=0.75)
 
 
 def test_pieces_have_the_agreed_indices(data: Path) -> None:

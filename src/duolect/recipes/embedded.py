@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -280,6 +281,26 @@ def embedded_ctc(
     if recipe.probe_steps and not (out / STATE).is_file():
         probe_head(task, seconds=recipe.probe_seconds, steps=recipe.probe_steps, rate=3e-3)
     return train(task, recipe.train, out)
+
+
+def blended(folders: Sequence[Path], *, whisper: str, share: float) -> CtcModel:
+    """The mean of models of one run, its encoder mixed with 1 - share of Whisper's own (WiSE-FT, arXiv 2109.01903).
+
+    Small batches at high rates leave noise, which the mean takes out; three hours of speech narrow what Whisper knew, and the mix brings
+    part of it back. Raises ValueError for models of different shapes.
+    """
+    models = [CtcModel.load(folder) for folder in folders]
+    if len({json.dumps(m.encoder.settings()) + m.vocabulary.digest() for m in models}) != 1:
+        raise ValueError(f"{', '.join(map(str, folders))}: are models of different shapes or units: name models of one run")
+    states = [model.state_dict() for model in models]
+    weights = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    merge_after = models[0].encoder.settings()["merge_after"]
+    assert merge_after is None or isinstance(merge_after, int)
+    own = WhisperEncoder.from_whisper(resolve(whisper), merge_after=merge_after).state_dict()
+    for name, value in own.items():
+        weights[f"encoder.{name}"] = share * weights[f"encoder.{name}"] + (1 - share) * value
+    models[0].load_state_dict(weights)
+    return models[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
