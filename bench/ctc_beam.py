@@ -236,7 +236,7 @@ def notes_of(rows: Sequence[dict[str, Any]], given: Sequence[Input], absent: str
                  f"collapse at {COLLAPSE}, its time included; same: share of the utterances with the best text of `alone` and `batch`")
     if absent is not None:
         return [*notes, f"pyctcdecode is left out: {absent}"]
-    notes.append("theirs: pyctcdecode, one at a time, with its defaults (token_min_logp -5, beam_prune_logp -10); theirs unpruned: both off,"
+    notes.append("theirs: pyctcdecode, one at a time, with its defaults (token_min_logp -5, beam_prune_logp -10); theirs unpruned: off,"
                  " the first utterances only; x: theirs / ours; x unpruned: theirs unpruned / alone, both pruning by the beam alone")
     for name in ("theirs", "theirs unpruned"):
         found = [row["details"]["agreement"][name] for row in rows]
