@@ -72,8 +72,12 @@ class Pyctcdecode:
         np.save(folder / "lengths.npy", given.lengths.numpy())
         (folder / "labels.json").write_text(json.dumps(labels_of(given.vocabulary)))
         python = harness.environment("pyctcdecode", PYCTCDECODE)
-        self.process = subprocess.Popen([str(python), str(Path(__file__).with_name("pyctcdecode_worker.py")), str(folder)],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [str(python), str(Path(__file__).with_name("pyctcdecode_worker.py")), str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self._answer()
 
     def __call__(self, utterances: Sequence[int], *, beam: int, pruning: dict[str, float], frames: int | None = None) -> Found:
@@ -159,8 +163,11 @@ def inputs(path: Path | None, vocabulary: Path | None, *, quick: bool) -> list[I
 def agreement(a: Found, b: Found) -> dict[str, float]:
     """Share of b's utterances with the same best text, mean of a's score less b's, their greatest distance where the text is the same."""
     pairs = list(zip(a.texts, a.scores, b.texts, b.scores, strict=False))  # b may be of the first utterances only
-    return {"same": sum(t == u for t, _, u, _ in pairs) / len(pairs), "gap": sum(x - y for _, x, _, y in pairs) / len(pairs),
-            "distance": max((abs(x - y) for t, x, u, y in pairs if t == u), default=0.0)}
+    return {
+        "same": sum(t == u for t, _, u, _ in pairs) / len(pairs),
+        "gap": sum(x - y for _, x, _, y in pairs) / len(pairs),
+        "distance": max((abs(x - y) for t, x, u, y in pairs if t == u), default=0.0),
+    }
 
 
 def check(given: Input, theirs: Pyctcdecode) -> None:
@@ -169,8 +176,11 @@ def check(given: Input, theirs: Pyctcdecode) -> None:
     some = range(min(len(given.lengths), 4))
     found = theirs(some, beam=CHECKED_BEAM, pruning=OFF, frames=CHECKED_FRAMES)
     wanted = ours(replace(given, lengths=begin), some, beam=CHECKED_BEAM, way="batch")
-    wrong = [(u, wanted.texts[u], found.texts[u], wanted.scores[u] - found.scores[u]) for u in some
-             if wanted.texts[u] != found.texts[u] or not abs(wanted.scores[u] - found.scores[u]) <= TOLERANCE]
+    wrong = [
+        (u, wanted.texts[u], found.texts[u], wanted.scores[u] - found.scores[u])
+        for u in some
+        if wanted.texts[u] != found.texts[u] or not abs(wanted.scores[u] - found.scores[u]) <= TOLERANCE
+    ]
     if wrong:
         sys.exit(f"error: {given.name}: other results than pyctcdecode's (utterance, our text, theirs, log p): {wrong}; nothing was timed")
 
@@ -191,8 +201,9 @@ def unpruned_count(given: Input, beam: int, seconds: float) -> int:
     return max(1, min(len(given.lengths), int(seconds / each)))
 
 
-def measured(given: Input, theirs: Pyctcdecode | None, beam: int, *, repetitions: int, seconds: float,
-             unpruned_seconds: float) -> dict[str, Any]:
+def measured(
+    given: Input, theirs: Pyctcdecode | None, beam: int, *, repetitions: int, seconds: float, unpruned_seconds: float
+) -> dict[str, Any]:
     """One line of the table."""
     everything = range(len(given.lengths))
     wanted = checked(given, beam)
@@ -209,9 +220,11 @@ def measured(given: Input, theirs: Pyctcdecode | None, beam: int, *, repetitions
         calls["theirs"] = lambda: noted("theirs", theirs(everything, beam=beam, pruning=DEFAULTS))
     harness.interleaved(calls, repetitions=repetitions, seconds=seconds)
     if theirs is not None:
-        # Without pruning it may take minutes, so it is run once, on as many utterances as the time allows.
-        found = theirs(range(unpruned_count(given, beam, unpruned_seconds)), beam=beam, pruning=OFF)
+        # Without pruning it may take minutes, so it is run once, on as many utterances as the time allows, and ours once more beside it.
+        some = range(unpruned_count(given, beam, unpruned_seconds))
+        found = theirs(some, beam=beam, pruning=OFF)
         noted("theirs unpruned", found)
+        noted("alone beside", ours(given, some, beam=beam, way="alone"))
         same["theirs unpruned"] = {**agreement(wanted, found), "utterances": len(found.texts)}
     frames, labels = int(given.lengths.float().mean()), given.log_probs.shape[2]
     row = {"input": given.name, "V": labels, "T": frames, "B": len(given.lengths), "beam": beam}
@@ -219,10 +232,10 @@ def measured(given: Input, theirs: Pyctcdecode | None, beam: int, *, repetitions
 
 
 def _row(row: dict[str, Any], timings: dict[str, Timing], same: dict[str, dict[str, float]]) -> dict[str, Any]:
-    row |= {f"{name} ms": milliseconds(t.median) for name, t in timings.items()}
+    row |= {f"{name} ms": milliseconds(t.median) for name, t in timings.items() if name != "alone beside"}
     if "theirs" in timings:
         row |= {f"x {way}": harness.times(timings["theirs"], timings[way]) for way in WAYS}
-        row["x unpruned"] = harness.times(timings["theirs unpruned"], timings["alone"])
+        row["x unpruned"] = harness.times(timings["theirs unpruned"], timings["alone beside"])
     row |= {f"same: {name}": round(found["same"], 4) for name, found in same.items()}
     about = {name: {"median_ms": milliseconds(t.median), "min_ms": milliseconds(t.least), "count": t.count} for name, t in timings.items()}
     row["details"] = {"timings": about, "agreement": same}
@@ -232,19 +245,27 @@ def _row(row: dict[str, Any], timings: dict[str, Timing], same: dict[str, dict[s
 def notes_of(rows: Sequence[dict[str, Any]], given: Sequence[Input], absent: str | None) -> list[str]:
     """What to read the table with."""
     notes = [f"{x.name}: {labels_per_frame(x.log_probs, x.lengths):.3g} labels a frame above log p -5" for x in given]
-    notes.append("milliseconds per utterance; alone: one utterance at a time, batch: all B at once, collapsed: all at once after soft "
-                 f"collapse at {COLLAPSE}, its time included; same: share of the utterances with the best text of `alone` and `batch`")
+    notes.append(
+        "milliseconds per utterance; alone: one utterance at a time, batch: all B at once, collapsed: all at once after soft "
+        f"collapse at {COLLAPSE}, its time included; same: share of the utterances with the best text of `alone` and `batch`"
+    )
     if absent is not None:
         return [*notes, f"pyctcdecode is left out: {absent}"]
-    notes.append("theirs: pyctcdecode, one at a time, with its defaults (token_min_logp -5, beam_prune_logp -10); theirs unpruned: off,"
-                 " the first utterances only; x: theirs / ours; x unpruned: theirs unpruned / alone, both pruning by the beam alone")
+    notes.append(
+        "theirs: pyctcdecode, one at a time, with its defaults (token_min_logp -5, beam_prune_logp -10); theirs unpruned: off,"
+        " the first utterances only; x: theirs / ours; x unpruned: theirs unpruned / alone, both pruning by the beam alone"
+    )
     for name in ("theirs", "theirs unpruned"):
         found = [row["details"]["agreement"][name] for row in rows]
         distance, gap = max(f["distance"] for f in found), sum(f["gap"] for f in found) / len(found)
-        notes.append(f"{name}: where the text is the same its log p differs by {distance:.2g} at most; duolect's best is higher by "
-                     f"{gap:.2g} on average")
-    notes.append("a beam slot is a prefix in duolect, a (text, last frame label) pair in pyctcdecode: at the same beam duolect may hold "
-                 "twice as many")
+        notes.append(
+            f"{name}: where the text is the same its log p differs by {distance:.2g} at most; duolect's best is higher by "
+            f"{gap:.2g} on average"
+        )
+    notes.append(
+        "a beam slot is a prefix in duolect, a (text, last frame label) pair in pyctcdecode: at the same beam duolect may hold "
+        "twice as many"
+    )
     return notes
 
 
@@ -258,8 +279,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; pyctcdecode has one")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds")
     parser.add_argument("--seconds", type=float, default=60.0, help="no new round of a line after so long (one is always made)")
-    parser.add_argument("--unpruned-seconds", type=float, default=40.0,
-                        help="about so long for pyctcdecode without pruning, a line (one utterance at least)")
+    parser.add_argument(
+        "--unpruned-seconds",
+        type=float,
+        default=40.0,
+        help="about so long for pyctcdecode without pruning, a line (one utterance at least)",
+    )
     args = parser.parse_args()
     harness.use_threads(args.threads)
     given = inputs(args.log_probs, args.vocabulary, quick=args.quick)

@@ -256,16 +256,18 @@ def prepared(size: Size, kinds: Sequence[type[Contender]], absent: dict[str, str
     return ready, setup
 
 
-def measured(size: Size, *, kinds: Sequence[type[Contender]], repetitions: int, steps: int, seconds: float,
-             absent: dict[str, str]) -> dict[str, Any]:
+def measured(
+    size: Size, *, kinds: Sequence[type[Contender]], repetitions: int, steps: int, seconds: float, absent: dict[str, str]
+) -> dict[str, Any]:
     """One line of the table. Raises SystemExit where a contender gives other scores."""
     ready, setup = prepared(size, kinds, absent)
     ours = ready[0]
     assert isinstance(ours, Duolect)
     moves = moves_of(size, ours, steps=steps)
     wanted = replayed(ours, moves)[0]
-    differences = {c.name: difference(wanted, replayed(c, moves)[0], moves, only_candidates=isinstance(c, EspnetCandidates))
-                   for c in ready[1:]}
+    differences = {
+        c.name: difference(wanted, replayed(c, moves)[0], moves, only_candidates=isinstance(c, EspnetCandidates)) for c in ready[1:]
+    }
     if wrong := {name: d for name, d in differences.items() if not d <= TOLERANCE}:
         sys.exit(f"error: scores differ at {size}: {wrong}; nothing was timed")
     taken: dict[str, list[float]] = {c.name: [] for c in ready}
@@ -286,8 +288,13 @@ def _row(size: Size, step: dict[str, Timing], setup: dict[str, float], differenc
         if name != "duolect":
             row[f"x {name}"] = harness.times(step[name], step["duolect"])
     row["details"] = {
-        name: {"median_ms": milliseconds(t.median), "min_ms": milliseconds(t.least), "count": t.count,
-               "setup_ms": milliseconds(setup[name]), "max_difference": differences.get(name, 0.0)}
+        name: {
+            "median_ms": milliseconds(t.median),
+            "min_ms": milliseconds(t.least),
+            "count": t.count,
+            "setup_ms": milliseconds(setup[name]),
+            "max_difference": differences.get(name, 0.0),
+        }
         for name, t in step.items()
     }
     return row
@@ -323,8 +330,11 @@ def main() -> None:
     worst = max(d["max_difference"] for row in rows for d in row["details"].values())
     notes.append(f"scores of every contender equal duolect's within {worst:.1e} at every step, for every label above log p {COMPARED:.0f}")
     setup = max(rows, key=lambda row: row["details"]["duolect"]["setup_ms"])
-    notes.append("once per batch of utterances, not in the table: " + ", ".join(
-        f"{name} {d['setup_ms']:.0f} ms" for name, d in setup["details"].items()) + f" (T={setup['T']}, V={setup['V']}, B={setup['B']})")
+    notes.append(
+        "once per batch of utterances, not in the table: "
+        + ", ".join(f"{name} {d['setup_ms']:.0f} ms" for name, d in setup["details"].items())
+        + f" (T={setup['T']}, V={setup['V']}, B={setup['B']})"
+    )
     shown = [{k: v for k, v in row.items() if k != "details"} for row in rows]
     harness.print_table(shown, title="median milliseconds of one step (whole vocabulary, then advance); x: times as long as duolect")
     harness.save("ctc_prefix", rows, settings=vars(args), notes=notes, quick=args.quick)

@@ -77,9 +77,16 @@ def machine() -> dict[str, Any]:
     """What a number must be read with: processor, threads, load, versions, commit."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
     named = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "processor": (named or [platform.processor()])[0],
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 2),
-            "python": platform.python_version(), "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}
+    return {
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "processor": (named or [platform.processor()])[0],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
@@ -102,8 +109,15 @@ def save(name: str, rows: Sequence[Mapping[str, Any]], *, settings: Mapping[str,
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}{'-quick' if quick else ''}.json"
     about = machine()
-    path.write_text(json.dumps({"benchmark": name, "machine": about, "settings": dict(settings), "notes": list(notes), "rows": list(rows)},
-                               indent=1, ensure_ascii=False, default=str) + "\n")
+    path.write_text(
+        json.dumps(
+            {"benchmark": name, "machine": about, "settings": dict(settings), "notes": list(notes), "rows": list(rows)},
+            indent=1,
+            ensure_ascii=False,
+            default=str,
+        )
+        + "\n"
+    )
     for note in notes:
         print(f"note: {note}")
     if about["load"] > (about["cores"] or 1) / 2 + about["threads"]:
@@ -171,8 +185,7 @@ def environment(name: str, packages: Sequence[str]) -> Path:
     done = folder / ".complete"
     if not done.is_file() or done.read_text() != " ".join(packages):
         print(f"making {folder} with {', '.join(packages)} (once) ...", file=sys.stderr, flush=True)
-        for command in ([sys.executable, "-m", "venv", "--clear", str(folder)],
-                        [str(python), "-m", "pip", "install", "-q", *packages]):
+        for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], [str(python), "-m", "pip", "install", "-q", *packages]):
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 raise Unavailable(f"no environment with {' '.join(packages)} ({_last_line(result)}): is there a network, a package index?")

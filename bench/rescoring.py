@@ -39,9 +39,18 @@ def model(name: str | None, *, quick: bool) -> tuple[HFCausalLM, str]:
 
     size, width, inner, layers, heads = (512, 96, 192, 2, 3) if quick else (49152, 576, 1536, 30, 9)
     torch.manual_seed(1)
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-                                         num_attention_heads=heads, num_key_value_heads=heads // 3, max_position_embeddings=2048,
-                                         tie_word_embeddings=True))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 3,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
+    )
     reason = "" if quick else "; smollm2-135m is not here (duolect models pull smollm2-135m)"
     about = f"a random Llama of {sum(p.numel() for p in llama.parameters()) / 1e6:.3g} M parameters{reason}"
     return HFCausalLM(llama, MadeUp([f"▁{i}" for i in range(size)], blank=None)), about
@@ -98,8 +107,16 @@ def shapes(nbest: Lists, labels: LabelsOf, *, prompt: int) -> dict[str, Any]:
         padded += len(chunks) * (prompt + max(map(len, chunks)) + 1)
         real += sum(prompt + len(c) + 1 for c in chunks)
         distinct += prompt + len({c[:n] for c in chunks for n in range(len(c) + 1)})
-    return {"lists": len(nbest), "hypotheses": sum(map(len, nbest)), "prompt": prompt, "positions": padded, "real": real,
-            "distinct": distinct, "unique ratio": round(distinct / real, 4), "x at best": round(padded / distinct, 2)}
+    return {
+        "lists": len(nbest),
+        "hypotheses": sum(map(len, nbest)),
+        "prompt": prompt,
+        "positions": padded,
+        "real": real,
+        "distinct": distinct,
+        "unique ratio": round(distinct / real, 4),
+        "x at best": round(padded / distinct, 2),
+    }
 
 
 def greatest_difference(wanted: list[list[float]], got: list[list[float]]) -> float:
@@ -108,8 +125,9 @@ def greatest_difference(wanted: list[list[float]], got: list[list[float]]) -> fl
     return float(((a - b).abs() / (a.abs() / 100).clamp(min=1)).max())
 
 
-def compared(network: Any, lm: HFCausalLM, nbest: Lists, labels: LabelsOf, *, repetitions: int,
-             seconds: float) -> tuple[dict[str, Timing], dict[str, float]]:
+def compared(
+    network: Any, lm: HFCausalLM, nbest: Lists, labels: LabelsOf, *, repetitions: int, seconds: float
+) -> tuple[dict[str, Timing], dict[str, float]]:
     """(timings, differences to plain). Raises SystemExit where results differ."""
     ways: dict[str, Callable[[], list[list[float]]]] = {
         "plain": lambda: plain(network, lm, nbest, labels),
@@ -134,8 +152,10 @@ def measured(network: Any, lm: HFCausalLM, nbest: Lists, *, prompt: str, source:
         row[f"{way} ms"] = milliseconds(found.median / len(nbest))
     for way in ("one by one", "together"):
         row[f"x {way}"] = harness.times(timings["plain"], timings[way])
-    row["details"] = {way: {"median_ms": milliseconds(t.median), "min_ms": milliseconds(t.least), "count": t.count,
-                            "max_difference": differences[way]} for way, t in timings.items()}
+    row["details"] = {
+        way: {"median_ms": milliseconds(t.median), "min_ms": milliseconds(t.least), "count": t.count, "max_difference": differences[way]}
+        for way, t in timings.items()
+    }
     return row
 
 
@@ -165,10 +185,13 @@ def main() -> None:
         context = sentence(words, seed=1)
         rows.append(measured(network, lm, nbest, prompt=context, source=name, repetitions=args.repetitions, seconds=args.seconds))
     worst = max(d["max_difference"] for row in rows for d in row["details"].values())
-    notes = [f"model: {what}", f"lists: {source}",
-             f"every hypothesis' log p is plain's within {worst:.1e} (per 100 nat where it is below -100)",
-             "positions: as plain pads them; real: without padding; distinct: nodes of the trie; unique ratio: distinct / real; "
-             "x at best: positions / distinct, what sharing alone can give if every position costs the same"]
+    notes = [
+        f"model: {what}",
+        f"lists: {source}",
+        f"every hypothesis' log p is plain's within {worst:.1e} (per 100 nat where it is below -100)",
+        "positions: as plain pads them; real: without padding; distinct: nodes of the trie; unique ratio: distinct / real; "
+        "x at best: positions / distinct, what sharing alone can give if every position costs the same",
+    ]
     shown = [{k: v for k, v in row.items() if k != "details"} for row in rows]
     harness.print_table(shown, title="median milliseconds per utterance of rescoring n-best lists; x: times as fast as plain")
     harness.save("rescoring", rows, settings=vars(args), notes=notes, quick=args.quick)

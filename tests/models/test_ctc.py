@@ -122,9 +122,18 @@ def test_a_vocabulary_without_blank_is_refused() -> None:
 
 
 SMALL = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "num_feat_extract_layers": 3,
-    "conv_dim": (8, 8, 8), "conv_kernel": (10, 8, 4), "conv_stride": (5, 8, 8), "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2, "vocab_size": len(CHARACTERS) + 2, "pad_token_id": 0,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "num_feat_extract_layers": 3,
+    "conv_dim": (8, 8, 8),
+    "conv_kernel": (10, 8, 4),
+    "conv_stride": (5, 8, 8),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "vocab_size": len(CHARACTERS) + 2,
+    "pad_token_id": 0,
 }
 
 
@@ -169,8 +178,9 @@ def test_parakeet_does_not_hear_the_batch() -> None:
     from transformers import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetFeatureExtractor, ParakeetForCTC
 
     torch.manual_seed(4)
-    encoder = ParakeetEncoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_mel_bins=80,
-                                    subsampling_conv_channels=8)
+    encoder = ParakeetEncoderConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_mel_bins=80, subsampling_conv_channels=8
+    )
     model = ParakeetForCTC(ParakeetCTCConfig(vocab_size=len(CHARACTERS), pad_token_id=0, encoder_config=encoder.to_dict()))
     am = HuggingFaceCtc(model, ParakeetFeatureExtractor(feature_size=80), CharacterVocabulary(CHARACTERS))
     audios = [noise(s, i) for i, s in enumerate((0.7, 1.3, 0.31))]

@@ -38,8 +38,10 @@ def variables_of(weights: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
         norms = [("layer_norm", "layer_norm")]
         for i in range(2):
             to, source = f"{part}/layer_{i}", f"layers.{i}"
-            norms += [(f"layer_{i}/self_attention/layer_norm", f"{source}.self_attn_layer_norm"),
-                      (f"layer_{i}/ffn/layer_norm", f"{source}.final_layer_norm")]
+            norms += [
+                (f"layer_{i}/self_attention/layer_norm", f"{source}.self_attn_layer_norm"),
+                (f"layer_{i}/ffn/layer_norm", f"{source}.final_layer_norm"),
+            ]
             zero = np.zeros(w[f"{part}.{source}.self_attn.q_proj.bias"].shape, np.float16)
             blocks = [("self_attention", "self_attn")]
             if part == "decoder":
@@ -65,9 +67,23 @@ def variables_of(weights: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    config = WhisperConfig(vocab_size=40, num_mel_bins=8, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-                           decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=20,
-                           max_target_positions=10, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=1)
+    config = WhisperConfig(
+        vocab_size=40,
+        num_mel_bins=8,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_source_positions=20,
+        max_target_positions=10,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=1,
+    )
     state = WhisperForConditionalGeneration(config).state_dict()
     return {name: torch.randn_like(value) for name, value in state.items() if name != "proj_out.weight"}
 
@@ -103,3 +119,13 @@ def test_what_is_no_whisper_model_is_refused(tmp_path: Path, weights: dict[str, 
         whisper_weights({**variables, "encoder/layer_0/adapter/weight": np.zeros((2, 2), np.float16)})
     with pytest.raises(FormatError, match="conv1/weight is missing"):
         whisper_weights({k: v for k, v in variables.items() if k != "encoder/conv1/weight"})
+
+
+def test_a_tokenizer_without_its_first_merge_is_completed():
+    from duolect.models.ctranslate2 import complete_merges
+
+    vocab = {"Ġ": 0, "t": 1, "a": 2, "h": 3, "Ġt": 4, "Ġa": 5, "Ġth": 6, "<|end|>": 7}
+    whole = [["Ġ", "t"], ["Ġ", "a"], ["Ġt", "h"]]
+    damaged = {"added_tokens": [{"content": "<|end|>"}], "model": {"vocab": vocab, "merges": ["Ġ a", "Ġt h"]}}
+    assert complete_merges(damaged)["model"]["merges"] == whole
+    assert complete_merges({**damaged, "model": {"vocab": vocab, "merges": whole}})["model"]["merges"] == whole

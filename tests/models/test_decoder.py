@@ -102,10 +102,10 @@ def test_a_prompt_is_conditioned_on_and_not_scored():
     vocabulary = byte_level(["ab abba ba bab"] * 3)
     plain = tiny_lm("qwen2", vocabulary)
     prompted = HFCausalLM(plain.model, vocabulary, prompt="abba ")
-    labels = vocabulary.encode("bab")
+    labels = vocabulary.encode(" bab")
     score, _ = prompted.advance(prompted.start(1), torch.tensor([labels]), torch.tensor([len(labels)]))
-    both = vocabulary.encode("abba ") + labels
-    wanted = lm_from_scratch(plain, both, end=False) - lm_from_scratch(plain, vocabulary.encode("abba "), end=False)
+    both = vocabulary.encode("abba") + labels
+    wanted = lm_from_scratch(plain, both, end=False) - lm_from_scratch(plain, vocabulary.encode("abba"), end=False)
     assert float(score) == pytest.approx(wanted, abs=3e-4)
 
 

@@ -20,9 +20,20 @@ def tiny_whisper(folder: Path, *, mels: int = 20, positions: int = 50) -> Whispe
     folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     config = WhisperConfig(
-        vocab_size=64, num_mel_bins=mels, d_model=16, encoder_layers=3, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=positions, pad_token_id=0,
-        bos_token_id=0, eos_token_id=0, decoder_start_token_id=1,
+        vocab_size=64,
+        num_mel_bins=mels,
+        d_model=16,
+        encoder_layers=3,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_source_positions=positions,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=1,
     )
     model = WhisperForConditionalGeneration(config).eval()
     config.save_pretrained(folder)

@@ -41,8 +41,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_from_nothing_to_two_models_in_the_same_units(data: Path, tmp_path: Path) -> None:
-    recipe = EmbeddedCtc(whisper=str(data / "whisper"), merge_after=1, frozen_layers=1, batch_seconds=6.0, held_out=4, pieces=PIECES,
-                         probe_steps=2, probe_seconds=5.0, train=replace(QUICK, average=0.9))
+    recipe = EmbeddedCtc(
+        whisper=str(data / "whisper"),
+        merge_after=1,
+        frozen_layers=1,
+        batch_seconds=6.0,
+        held_out=4,
+        pieces=PIECES,
+        probe_steps=2,
+        probe_seconds=5.0,
+        train=replace(QUICK, average=0.9),
+    )
     manifest = data / "manifest.jsonl"
     figures = embedded_ctc(recipe, real=manifest, synth=manifest, text=data / "text.txt", dev=manifest, out=tmp_path / "ctc", card="# tiny")
     assert figures.keys() == {"held-out WER", "dev WER"}
@@ -52,8 +61,13 @@ def test_from_nothing_to_two_models_in_the_same_units(data: Path, tmp_path: Path
     whisper = tiny_whisper(tmp_path / "w", mels=80, positions=200)
     torch.testing.assert_close(frozen, whisper.model.encoder.layers[0].fc1.weight, atol=1e-3, rtol=0)
     assert "step 4" in (tmp_path / "ctc" / "model" / "README.md").read_text()
-    lm = unit_lm(UnitLm(dim=16, layers=1, heads=1, feed_forward=16, train=QUICK), units=tmp_path / "ctc" / "model", text=data / "text.txt",
-                 heldout=data / "text.txt", out=tmp_path / "lm")
+    lm = unit_lm(
+        UnitLm(dim=16, layers=1, heads=1, feed_forward=16, train=QUICK),
+        units=tmp_path / "ctc" / "model",
+        text=data / "text.txt",
+        heldout=data / "text.txt",
+        out=tmp_path / "lm",
+    )
     assert lm["word PPL"] > lm["unit PPL"] > 1
     assert load_vocabulary(tmp_path / "lm" / "model").digest() == am.vocabulary.digest()
     from transformers import AutoModelForCausalLM

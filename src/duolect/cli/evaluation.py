@@ -39,6 +39,8 @@ def score(
     scores, seconds, audio = {}, {}, 0.0
     for path in hypotheses:
         lines = list(read_hypotheses(path))
+        if lines and not any(r.nbest or r.error for r in lines):
+            raise ValueError(f"{path}: no line has pred_text or nbest: a manifest, not the output of `duolect decode`?")
         name = path.stem if len({p.stem for p in hypotheses}) == len(hypotheses) else str(path)
         scores[name] = score_recognized(
             lines, normalizer=normalizer_of(normalizer), unit=unit, merge_compounds=compounds == "merged", corpus=path.stem

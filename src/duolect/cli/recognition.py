@@ -74,6 +74,7 @@ def transcribe(
         raise ValueError("name at least one audio file, folder or manifest")
     recognizer = _recognizer(models, {"it": decoding}, word_times=format != "txt")
     failures: list[str] = []
+    taken: set[Path] = set()
     for path in files:
         source = _source(path, failures)
         if source is None:
@@ -88,7 +89,7 @@ def transcribe(
                 many = len(files) > 1 or len(source.utterances) > 1
                 print(f"{result.id}\t{text}" if many and format == "txt" else text, end="", flush=True)
             else:
-                target = out / f"{_file_name(result.id)}.{format}"
+                target = _free(out / f"{_file_name(result.id)}.{format}", taken)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(text, encoding="utf-8")
     return _report(failures)
@@ -162,7 +163,11 @@ def rescore(
 
     lines = list(read_hypotheses(hypotheses))
     scorer = Models(device=_device(device), precision=precision).language(lm, prompt=prompt)
-    labels = labels_for(scorer.vocabulary, [h for line in lines for h in line.nbest])
+    if any(name in h.parts for line in lines for h in line.nbest):
+        raise ValueError(f"{hypotheses}: the hypotheses have a part {name!r} already: choose another --name")
+    if batch < 1:
+        raise ValueError(f"--batch {batch}: at least 1 utterance has to be scored at once")
+    labels = labels_for(scorer.vocabulary, [h for line in lines for h in line.nbest], begun=bool(prompt.strip()))
     done = []
     for start in tqdm(range(0, len(lines), batch), unit="batch", disable=not sys.stderr.isatty()):
         part = lines[start : start + batch]
@@ -225,7 +230,7 @@ def compare(
     scores, seconds, audio = {}, {}, 0.0
     for name in names:
         lines = [found[name][u.id] for u in utterances]
-        write_hypotheses(out / "hypotheses" / f"{name}.jsonl", lines)
+        write_hypotheses(out / "hypotheses" / f"{_file_name(Path(name).stem if name.endswith('.json') else name)}.jsonl", lines)
         title = PRESETS[name].title if name in PRESETS else name
         scores[title] = score_recognized(
             lines, normalizer=normalizer_of(normalizer), corpus=str(data.name if data.is_dir() else data.parent.name)
@@ -268,8 +273,11 @@ def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
 
     if decoding != "auto":
         return decoding
+    place = Path(resolve(options.unit_lm))
+    if not place.exists():
+        raise ValueError(f"--unit-lm {options.unit_lm}: is no embedded model and no folder; see `duolect models list`")
     try:
-        same = load_vocabulary(resolve(options.unit_lm)).digest() == models.acoustic(options.am).vocabulary.digest()
+        same = load_vocabulary(place).digest() == models.acoustic(options.am).vocabulary.digest()
     except VocabularyError:
         same = False
     return "labelwise-delayed" if same else "delayed"
@@ -282,12 +290,20 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
     if min(options.beam, options.nbest) < 1:
         raise ValueError(f"a beam of {min(options.beam, options.nbest)} holds no hypothesis: give 1 or more")
     folder = options.scales or models.scales_folder(options.am)
+    if options.scales is not None and not options.scales.is_dir():
+        raise ValueError(
+            f"--scales {options.scales}: is no folder: name the folder of the files that `duolect tune` writes (llm.json, ...)"
+        )
     scales = dict(DEFAULT_SCALES)
     references = {str(f["id"]): str(f.get("text", "")) for f in warn}
     for wanted in sorted({p.scales for name in decodings if (p := PRESETS.get(name)) and p.scales}):
         path = folder / f"{wanted}.json" if folder else None
         if path is not None and path.is_file():
             tuned = read_scales(path)
+            if missing := set(DEFAULT_SCALES[wanted]) - set(tuned.scales):
+                raise ValueError(
+                    f"{path}: has scales for {', '.join(tuned.scales)}, but {wanted} needs {', '.join(missing)}: name the parts so"
+                )
             scales[wanted] = {**DEFAULT_SCALES[wanted], **tuned.scales}
             note = f"tuned on {tuned.corpus or path}"
             if warning := same_corpus_warning(tuned, references=references):
@@ -340,6 +356,15 @@ def _quiet() -> None:
 def _file_name(id: str) -> str:
     """An id as the name of a file in one folder: ids may hold slashes and dots, which must not lead out of it."""
     return re.sub(r"[^\w.\- ]+", "_", id).lstrip(".") or "_"
+
+
+def _free(path: Path, taken: set[Path]) -> Path:
+    """The path, numbered where this run has written one of that name already."""
+    free, number = path, 2
+    while free in taken:
+        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    taken.add(free)
+    return free
 
 
 def _pairs(assignments: Sequence[str]) -> dict[str, str]:

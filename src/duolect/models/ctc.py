@@ -101,8 +101,13 @@ class CtcModel(nn.Module, AcousticModel):
         """Writes a model folder; the weights in `dtype`, the vocabulary beside them, `card` as README.md."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"type": "ctc", "encoder": self.encoder.settings(), "stack": self.stack, "window_seconds": self.window_seconds,
-                  "vocabulary": self.vocabulary.digest()}
+        config = {
+            "type": "ctc",
+            "encoder": self.encoder.settings(),
+            "stack": self.stack,
+            "window_seconds": self.window_seconds,
+            "vocabulary": self.vocabulary.digest(),
+        }
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (folder / "README.md").write_text(card)
         self.vocabulary.save(folder)
@@ -117,8 +122,10 @@ class CtcModel(nn.Module, AcousticModel):
         config = _config(folder)
         vocabulary = load_vocabulary(folder)
         if vocabulary.digest() != config.get("vocabulary"):
-            raise ModelError(f"{folder}: its vocabulary is {vocabulary.digest()}, config.json was saved with {config.get('vocabulary')}: "
-                             "files of two models are mixed, copy the whole folder again")
+            raise ModelError(
+                f"{folder}: its vocabulary is {vocabulary.digest()}, config.json was saved with {config.get('vocabulary')}: "
+                "files of two models are mixed, copy the whole folder again"
+            )
         model = cls(encoder_from_settings(config["encoder"]), vocabulary, stack=config["stack"], window_seconds=config["window_seconds"])
         try:
             model.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
@@ -160,8 +167,10 @@ class HuggingFaceCtc(AcousticModel):
             extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{name}: is no CTC model that can be loaded ({' '.join(str(error).split())[:200]}): "
-                             "name a model folder, a hub id with a CTC head and a tokenizer, or an embedded model") from error
+            raise ModelError(
+                f"{name}: is no CTC model that can be loaded ({' '.join(str(error).split())[:200]}): "
+                "name a model folder, a hub id with a CTC head and a tokenizer, or an embedded model"
+            ) from error
         return cls(model, extractor, _vocabulary_of(model.config, tokenizer))
 
     @torch.no_grad()
@@ -256,8 +265,14 @@ def _vocabulary_of(config: Any, tokenizer: Any) -> Vocabulary:
         return TokenizerVocabulary(tokenizer, blank=blank)
     symbols = [str(tokenizer.convert_ids_to_tokens(i)) for i in range(config.vocab_size)]
     symbols = [s if symbols.index(s) == i else f"<{i}>" for i, s in enumerate(symbols)]  # rows beyond the tokenizer all read <unk>
-    return CharacterVocabulary(symbols, delimiter=delimiter, blank=symbols[blank], bos=tokenizer.bos_token or "<s>",
-                               eos=tokenizer.eos_token or "</s>", unknown=tokenizer.unk_token or "<unk>")
+    return CharacterVocabulary(
+        symbols,
+        delimiter=delimiter,
+        blank=symbols[blank],
+        bos=tokenizer.bos_token or "<s>",
+        eos=tokenizer.eos_token or "</s>",
+        unknown=tokenizer.unk_token or "<unk>",
+    )
 
 
 def _seconds_per_frame(config: Any, extractor: Any) -> float:

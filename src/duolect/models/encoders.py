@@ -100,8 +100,14 @@ class WhisperEncoder(Encoder):
     def from_whisper(cls, folder: str | Path, *, merge_after: int | None = None) -> WhisperEncoder:
         """The encoder of a Hugging Face Whisper folder (config.json, model.safetensors)."""
         config = json.loads((Path(folder) / "config.json").read_text())
-        dims = WhisperDims(config["num_mel_bins"], config["d_model"], config["encoder_layers"], config["encoder_attention_heads"],
-                           config["max_source_positions"], merge_after)
+        dims = WhisperDims(
+            config["num_mel_bins"],
+            config["d_model"],
+            config["encoder_layers"],
+            config["encoder_attention_heads"],
+            config["max_source_positions"],
+            merge_after,
+        )
         encoder, prefix = cls(dims), "model.encoder."
         with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             names = list(file.keys())

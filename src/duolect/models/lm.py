@@ -68,7 +68,7 @@ class HFCausalLM(DecoderScorer):
         return Trie.empty(rows, width=weight.shape[1], cache=node_cache(self._layers), device=weight.device, dtype=weight.dtype)
 
     def _prompt(self) -> list[int]:
-        return [self.vocabulary.bos, *(self.vocabulary.encode(self.prompt) if self.prompt else [])]
+        return [self.vocabulary.bos, *(self.vocabulary.encode(self.prompt.rstrip()) if self.prompt.strip() else [])]
 
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
         if int(new.positions.max()) >= self._longest:
@@ -124,6 +124,11 @@ def _check(scorer: HFCausalLM) -> None:
     device = scorer.output.weight.device
     model: Any = scorer.model
     ids = torch.tensor([probe], device=device)
+    if max(vocabulary.bos, vocabulary.eos) >= vocabulary.size:
+        raise ModelError(
+            f"{type(model).__name__} starts with label {vocabulary.bos} and ends with {vocabulary.eos}, but its tokenizer has only "
+            f"{vocabulary.size}: set bos_token_id and eos_token_id in its config.json"
+        )
     wanted = model(input_ids=ids).logits[0, :, : vocabulary.size].float().log_softmax(-1)
     prompt, scorer.prompt = scorer.prompt, ""
     try:

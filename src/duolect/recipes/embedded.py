@@ -56,8 +56,7 @@ class EmbeddedCtc:
     synth: Augmentation = field(default_factory=lambda: replace(MILD, noise_chance=0.3))
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=20_000, seconds=6000, learning_rates={"head": 1e-3, "encoder": 2e-4}, average=0.998,
-            validate_every=300, save_every=100
+            steps=20_000, seconds=6000, learning_rates={"head": 1e-3, "encoder": 2e-4}, average=0.998, validate_every=300, save_every=100
         )
     )
 
@@ -69,8 +68,18 @@ def train_pieces(text: str | Path, *, pieces: int = PIECES) -> SentencePieceVoca
     model = io.BytesIO()
     with open(text, encoding="utf-8") as lines:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line.strip().lower() for line in lines), model_writer=model, vocab_size=pieces, model_type="unigram",
-            character_coverage=1.0, eos_id=0, bos_id=1, unk_id=2, pad_id=-1, num_threads=1, minloglevel=2, max_sentence_length=10_000,
+            sentence_iterator=(line.strip().lower() for line in lines),
+            model_writer=model,
+            vocab_size=pieces,
+            model_type="unigram",
+            character_coverage=1.0,
+            eos_id=0,
+            bos_id=1,
+            unk_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+            max_sentence_length=10_000,
         )
     return SentencePieceVocabulary(model.getvalue(), blank="last")
 
@@ -133,8 +142,15 @@ class CtcTask(Task[tuple[Item, ...]]):
 
     model: CtcModel
 
-    def __init__(self, model: CtcModel, recipe: EmbeddedCtc, real: Sequence[Item], synth: Path | None,
-                 checks: Mapping[str, Sequence[Item | Utterance]], card: str) -> None:
+    def __init__(
+        self,
+        model: CtcModel,
+        recipe: EmbeddedCtc,
+        real: Sequence[Item],
+        synth: Path | None,
+        checks: Mapping[str, Sequence[Item | Utterance]],
+        card: str,
+    ) -> None:
         self.model, self.recipe, self.real, self.synth, self.checks, self.card = model, recipe, list(real), synth, checks, card
         self.audios = Audios()
 
@@ -179,8 +195,10 @@ class CtcTask(Task[tuple[Item, ...]]):
         return spec_augment(whisper_log_mel(torch.from_numpy(audio)), random, settings)
 
     def validate(self) -> Mapping[str, float]:
-        return {f"{name} WER": greedy_wer(self.model, [x.utterance if isinstance(x, Item) else x for x in part], self.audios)
-                for name, part in self.checks.items()}
+        return {
+            f"{name} WER": greedy_wer(self.model, [x.utterance if isinstance(x, Item) else x for x in part], self.audios)
+            for name, part in self.checks.items()
+        }
 
     def save(self, folder: Path, *, note: str) -> None:
         self.model.save(folder, card=f"{self.card}\nTrained so far: {note}.\n")
@@ -275,8 +293,11 @@ def embedded_ctc(
         checks["dev"] = read_manifest(dev).utterances
     hours = sum(x.seconds for x in training) / 3600
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or frozen) / 1e6 for frozen in (True, False))
-    print(f"{len(training)} real utterances ({hours:.2f} h), {len(held)} held out; {size:.1f} M parameters, {trained:.1f} M trained",
-          file=sys.stderr, flush=True)
+    print(
+        f"{len(training)} real utterances ({hours:.2f} h), {len(held)} held out; {size:.1f} M parameters, {trained:.1f} M trained",
+        file=sys.stderr,
+        flush=True,
+    )
     task = CtcTask(model, recipe, training, synth, checks, card)
     if recipe.probe_steps and not (out / STATE).is_file():
         probe_head(task, seconds=recipe.probe_seconds, steps=recipe.probe_steps, rate=3e-3)

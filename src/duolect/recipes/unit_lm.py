@@ -49,8 +49,15 @@ class UnitLmTask(Task[tuple[tuple[int, ...], ...]]):
 
     model: LlamaForCausalLM
 
-    def __init__(self, model: LlamaForCausalLM, recipe: UnitLm, vocabulary: Vocabulary, sentences: Sequence[tuple[int, ...]],
-                 heldout: Sequence[str], card: str) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        recipe: UnitLm,
+        vocabulary: Vocabulary,
+        sentences: Sequence[tuple[int, ...]],
+        heldout: Sequence[str],
+        card: str,
+    ) -> None:
         self.model, self.recipe, self.vocabulary, self.sentences, self.card = model, recipe, vocabulary, sentences, card
         self.heldout = [(tuple(vocabulary.encode(line)), len(line.split())) for line in heldout]
 
@@ -103,9 +110,19 @@ def unit_lm(recipe: UnitLm, *, units: Path, text: Path, heldout: Path, out: Path
         raise ValueError(f"{units}: its units are no SentencePiece model: name the folder of a CTC model with one")
     vocabulary = vocabulary.without_blank()
     config = LlamaConfig(
-        vocab_size=vocabulary.size, hidden_size=recipe.dim, intermediate_size=recipe.feed_forward, num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads, max_position_embeddings=1024, tie_word_embeddings=True,
-        bos_token_id=vocabulary.bos, eos_token_id=vocabulary.eos, pad_token_id=None, attention_dropout=recipe.dropout, dtype="float32",
+        vocab_size=vocabulary.size,
+        hidden_size=recipe.dim,
+        intermediate_size=recipe.feed_forward,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=vocabulary.bos,
+        eos_token_id=vocabulary.eos,
+        pad_token_id=None,
+        attention_dropout=recipe.dropout,
+        dtype="float32",
         architectures=["LlamaForCausalLM"],
     )
     torch.manual_seed(recipe.train.seed)

@@ -75,6 +75,11 @@ class Term(ABC):
     policy: TextPolicy  # how words are written for it where it hears another vocabulary
     hears_ctc: ClassVar[bool] = False  # whether it reads the CTC model's output
 
+    @property
+    def begun(self) -> bool:
+        """Whether text precedes the hypotheses."""
+        return False
+
     @abstractmethod
     def load(self, models: Models, acoustic: str) -> None:
         """Loads what the term needs, so that a wrong name is said before any work is done."""
@@ -87,7 +92,7 @@ class Term(ABC):
         """The term as a search over `vocabulary` takes it: wrapped in Retokenized where its own is another."""
         scorer = self.native(batch)
         if scorer.vocabulary.digest() != vocabulary.digest():
-            scorer = Retokenized(scorer, vocabulary, policy=self.policy)
+            scorer = Retokenized(scorer, vocabulary, policy=self.policy, begun=self.begun)
         return Fused(scorer=scorer, scale=self.scale, when=self.when)
 
 
@@ -101,6 +106,10 @@ class Language(Term):
     when: Schedule = field(default_factory=EveryLabel)
     prompt: str = ""
     policy: TextPolicy = field(default_factory=TextPolicy)
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.prompt.strip())
 
     def load(self, models: Models, acoustic: str) -> None:
         models.language(self.model, prompt=self.prompt)

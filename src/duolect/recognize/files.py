@@ -35,9 +35,10 @@ def decode_to_file(
     part, header = Path(f"{out}.part"), Path(f"{out}.part.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     decoding = recognizer.decodings[name]
-    wanted = {"acoustic": recognizer.acoustic, "decoding": to_json(decoding), "digest": digest(decoding), "keep": keep}
+    settings = {"precision": recognizer.models.precision, "word_times": recognizer.word_times, "keep": keep}
+    wanted = {"acoustic": recognizer.acoustic, "decoding": to_json(decoding), "digest": digest(decoding), **settings}
     ids = {u.id for u in utterances}
-    known = {r.id: r for r in _done(part, header, wanted) if r.id in ids}
+    known = {r.id: r for r in _done(part, header, wanted) if r.id in ids and r.error is None}  # what failed is tried again
     write_json(header, wanted)
     if known:
         recognizer.models.say(f"continuing {part}: {len(known)} of {len(utterances)} utterances are done")
@@ -57,14 +58,14 @@ def decode_to_file(
 
 
 def _done(part: Path, header: Path, wanted: Mapping[str, Any]) -> list[Recognized]:
-    if not part.is_file():
+    if not part.is_file() or part.stat().st_size == 0:
         return []
     try:
         stored = json.loads(header.read_text())
     except (OSError, ValueError):
         stored = None
     if stored != json.loads(json.dumps(wanted)):
-        raise ResumeError(f"{part} is an unfinished run of another decoding or model: delete it, or name another output")
+        raise ResumeError(f"{part} is an unfinished run of another decoding, model or setting: delete it, or name another output")
     return list(read_hypotheses(part))
 
 

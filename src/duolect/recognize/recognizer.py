@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,14 +91,18 @@ class Recognizer:
             memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error)
             if not isinstance(error, ModelError) and not memory:
                 raise
-            if len(loaded) == 1:
+            if len(loaded) > 1:
+                if memory:
+                    self.models.say(f"out of memory with {len(loaded)} utterances at once: halving the batch")
+                half = len(loaded) // 2
+                yield from self._batch(loaded[:half])
+                yield from self._batch(loaded[half:])
+            elif len(self.decodings) > 1:
+                # One decoding's trouble is not the others': each gets its own try at the utterance.
+                alone = (replace(self, decodings={name: decoding}) for name, decoding in self.decodings.items())
+                yield {name: result for one in alone for found in one._batch(loaded) for name, result in found.items()}
+            else:
                 yield self._failed(loaded[0][0], error)
-                return
-            if memory:
-                self.models.say(f"out of memory with {len(loaded)} utterances at once: halving the batch")
-            half = len(loaded) // 2
-            yield from self._batch(loaded[:half])
-            yield from self._batch(loaded[half:])
 
     def _together(self, loaded: Sequence[tuple[Utterance, np.ndarray]]) -> list[dict[str, Recognized]]:
         model = self.models.acoustic(self.acoustic)
@@ -117,7 +121,7 @@ class Recognizer:
                     found[name][segment.owner].append((segment.start, result))
         results: list[dict[str, Recognized]] = []
         for i, (utterance, audio) in enumerate(loaded):
-            fields = {"duration": round(len(audio) / SAMPLE_RATE, 3), **{k: v for k, v in utterance.fields.items() if v is not None}}
+            fields = {**{k: v for k, v in utterance.fields.items() if v is not None}, "duration": round(len(audio) / SAMPLE_RATE, 3)}
             results.append(
                 {
                     name: self._joined(fields, found[name][i], encoding * len(audio) * decoding.hears_ctc)

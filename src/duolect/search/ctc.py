@@ -237,6 +237,9 @@ def _hypotheses(now: Beam, terms: Mapping[str, Term], vocabulary: Vocabulary, co
         parts[name] = term.score.flatten().index_add(0, slots, ends.to(slots.device)).view_as(term.score)
         score = score + weighted(term.fused.scale, parts[name])
     score = torch.where(now.alive, torch.nan_to_num(score, nan=NEG, neginf=NEG), NEG)
+    # Where some scorer rules out every hypothesis of an utterance, what was heard still stands, in the order of the acoustic model.
+    silenced = (score == NEG).all(1, keepdim=True)
+    score = torch.where(silenced & now.alive, parts[acoustic], score)
     order = score.argsort(dim=1, descending=True, stable=True).tolist()
     alive, length, history = (score > NEG).tolist(), now.length.tolist(), now.history.tolist()
     table = {name: values.tolist() for name, values in parts.items()}

@@ -174,8 +174,10 @@ class ByWord(Scorer[Held[State]]):
     is no `log_probs`: the schedule must be one without lookahead.
     """
 
-    def __init__(self, scorer: Scorer[State], vocabulary: Vocabulary, convert: Convert, *, end: Sequence[int] = ()) -> None:
-        self.scorer, self.vocabulary, self.convert, self.end = scorer, vocabulary, convert, tuple(end)
+    def __init__(
+        self, scorer: Scorer[State], vocabulary: Vocabulary, convert: Convert, *, end: Sequence[int] = (), begun: bool = False
+    ) -> None:
+        self.scorer, self.vocabulary, self.convert, self.end, self.begun = scorer, vocabulary, convert, tuple(end), begun
         self._starts = torch.tensor(vocabulary.word_starts)
         self._known: dict[tuple[tuple[int, ...], bool], tuple[int, ...]] = {}
 
@@ -184,7 +186,7 @@ class ByWord(Scorer[Held[State]]):
             self.scorer.start(rows),
             torch.zeros(rows, 0, dtype=torch.long),
             torch.zeros(rows, dtype=torch.long),
-            torch.zeros(rows, dtype=torch.bool),
+            torch.full((rows,), self.begun),
         )
 
     def log_probs(self, state: Held[State], labels: Tensor | None = None) -> Tensor:
@@ -242,8 +244,10 @@ class ByWord(Scorer[Held[State]]):
         return out
 
 
-def Retokenized(scorer: Scorer[State], vocabulary: Vocabulary, *, policy: TextPolicy | None = None) -> ByWord[State]:
+def Retokenized(scorer: Scorer[State], vocabulary: Vocabulary, *, policy: TextPolicy | None = None, begun: bool = False) -> ByWord[State]:
     """`scorer` as a scorer of hypotheses in another vocabulary: complete words are written out by `policy` and tokenized anew.
+
+    begun: text precedes the hypothesis already (a prompt), so that its first word is written as one that follows.
 
     Raises VocabularyError where the scorer's tokenizer merges across spaces, because then no word-wise conversion is exact.
     """
@@ -259,7 +263,7 @@ def Retokenized(scorer: Scorer[State], vocabulary: Vocabulary, *, policy: TextPo
                 out += inner.encode_word(written, first=first and not out)
         return out
 
-    return ByWord(scorer, vocabulary, convert, end=inner.encode(policy.end) if policy.end else ())
+    return ByWord(scorer, vocabulary, convert, end=inner.encode(policy.end) if policy.end else (), begun=begun)
 
 
 def held_to_words(scorer: Scorer[State]) -> ByWord[State]:

@@ -25,21 +25,23 @@ def own_labels(hypothesis: Hypothesis) -> Sequence[int]:
     return hypothesis.labels
 
 
-def labels_of_text(vocabulary: Vocabulary, *, policy: TextPolicy | None = None) -> LabelsOf:
+def labels_of_text(vocabulary: Vocabulary, *, policy: TextPolicy | None = None, begun: bool = False) -> LabelsOf:
     """Hypotheses as labels of another vocabulary, word by word: what `Retokenized` would have passed on."""
     policy = policy or TextPolicy()
 
     def labels(hypothesis: Hypothesis) -> Sequence[int]:
         out: list[int] = []
         for word in hypothesis.text.split():
-            if written := policy(word, first=not out):
-                out += vocabulary.encode_word(written, first=not out)
+            if written := policy(word, first=not out and not begun):
+                out += vocabulary.encode_word(written, first=not out and not begun)
         return out + (vocabulary.encode(policy.end) if policy.end else [])
 
     return labels
 
 
-def labels_for(vocabulary: Vocabulary, hypotheses: Sequence[Hypothesis], *, policy: TextPolicy | None = None) -> LabelsOf:
+def labels_for(
+    vocabulary: Vocabulary, hypotheses: Sequence[Hypothesis], *, policy: TextPolicy | None = None, begun: bool = False
+) -> LabelsOf:
     """`own_labels` where the hypotheses' labels spell their text in this vocabulary, else `labels_of_text`."""
 
     def spells(h: Hypothesis) -> bool:
@@ -47,7 +49,7 @@ def labels_for(vocabulary: Vocabulary, hypotheses: Sequence[Hypothesis], *, poli
 
     labelled = [h for h in hypotheses[:200] if h.text]
     same = bool(labelled) and all(h.labels and spells(h) for h in labelled)
-    return own_labels if same else labels_of_text(vocabulary, policy=policy)
+    return own_labels if same else labels_of_text(vocabulary, policy=policy, begun=begun)
 
 
 def rescored(nbest: Sequence[Sequence[Hypothesis]], *, name: str, scorer: Scorer[Any], labels: LabelsOf) -> list[list[Hypothesis]]:

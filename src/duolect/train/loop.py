@@ -180,8 +180,15 @@ def _progress(place: _Position, config: TrainConfig) -> float:
     return max(place.step / config.steps, place.seconds / config.seconds if config.seconds else 0.0)
 
 
-def _step(task: Task[Any], optimizer: torch.optim.Optimizer, trainable: list[Tensor], batch: Any, place: _Position, config: TrainConfig,
-          window: _Window) -> None:
+def _step(
+    task: Task[Any],
+    optimizer: torch.optim.Optimizer,
+    trainable: list[Tensor],
+    batch: Any,
+    place: _Position,
+    config: TrainConfig,
+    window: _Window,
+) -> None:
     """One update; adds its figures to the window."""
     device = trainable[0].device.type
     with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -190,8 +197,10 @@ def _step(task: Task[Any], optimizer: torch.optim.Optimizer, trainable: list[Ten
     norm = float(nn.utils.clip_grad_norm_(trainable, config.clip))
     total = float(loss.sum.detach())
     if not (math.isfinite(total) and math.isfinite(norm)):
-        raise TrainError(f"step {place.step}: the loss is {total}, the gradient norm {norm}: epoch {place.epoch}, batch {place.batch}; "
-                         "lower the learning rate or look at that batch, then start again from the last saved state")
+        raise TrainError(
+            f"step {place.step}: the loss is {total}, the gradient norm {norm}: epoch {place.epoch}, batch {place.batch}; "
+            "lower the learning rate or look at that batch, then start again from the last saved state"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     window.loss, window.count, window.audio = window.loss + total, window.count + loss.count, window.audio + loss.seconds
@@ -205,11 +214,23 @@ def _log(folder: Path, place: _Position, config: TrainConfig, window: _Window, r
     left = place.seconds / progress - place.seconds
     loss = window.loss / max(1, window.count)
     norm = window.grad_norm / window.steps
-    _append(folder, {"step": place.step, "epoch": place.epoch, "seconds": round(place.seconds, 1), "loss": round(loss, 5),
-                     "lr": dict(rates), "grad_norm": round(norm, 4), "audio_per_second": round(speed, 2)})
+    _append(
+        folder,
+        {
+            "step": place.step,
+            "epoch": place.epoch,
+            "seconds": round(place.seconds, 1),
+            "loss": round(loss, 5),
+            "lr": dict(rates),
+            "grad_norm": round(norm, 4),
+            "audio_per_second": round(speed, 2),
+        },
+    )
     heard = f" · {speed:5.1f} s audio/s" if window.audio else ""
-    line = (f"step {place.step:5d} · epoch {place.epoch} · loss {loss:7.4f} · lr {max(rates.values()):.1e} · grad {norm:6.2f}{heard}"
-            f" · {100 * progress:4.1f}% · {left / 60:.0f} min left")
+    line = (
+        f"step {place.step:5d} · epoch {place.epoch} · loss {loss:7.4f} · lr {max(rates.values()):.1e} · grad {norm:6.2f}{heard}"
+        f" · {100 * progress:4.1f}% · {left / 60:.0f} min left"
+    )
     print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
     return _Window()
 
