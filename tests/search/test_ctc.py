@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -173,6 +175,16 @@ def test_empty_batch_and_zero_frames(letters):
     assert ctc_beam_search(torch.zeros(0, 4, 5), torch.zeros(0, dtype=torch.long), vocabulary=letters, beam=3) == []
     (hypotheses,) = ctc_beam_search(torch.zeros(1, 0, 5), torch.zeros(1, dtype=torch.long), vocabulary=letters, beam=3)
     assert [h.labels for h in hypotheses] == [()]
+
+
+def test_where_a_scorer_rules_out_everything_the_acoustic_order_stands(letters):
+    x = frames(letters)
+    lm = tiny_lm("llama", letters)
+    lm.output = replace(lm.output, bias=torch.full((letters.size,), 0.0).index_fill(0, torch.tensor([letters.eos]), -torch.inf))
+    plain = ctc_beam_search(x, LENGTHS, vocabulary=letters, beam=4)
+    fused = ctc_beam_search(x, LENGTHS, vocabulary=letters, beam=4, fused={"lm": Fused(scorer=lm, scale=0.5, when=at_end)})
+    assert [[h.labels for h in hs] for hs in fused] == [[h.labels for h in hs] for hs in plain]
+    assert all(h.parts["lm"] == -float("inf") for hs in fused for h in hs)
 
 
 def test_wrong_input_is_refused_with_the_next_step(letters, other_vocabularies):
