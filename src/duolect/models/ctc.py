@@ -44,6 +44,10 @@ class AcousticModel(ABC):
     seconds_per_frame: float
 
     @abstractmethod
+    def place(self, device: str) -> None:
+        """Moves the encoder; log-probs come back to the CPU all the same."""
+
+    @abstractmethod
     def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
         """The log-probs of samples [N], N >= 1, float32 mono 16 kHz, in the order given; any length, long audio goes through windows."""
 
@@ -65,6 +69,9 @@ class CtcModel(nn.Module, AcousticModel):
         encoded = self.encoder(features, lengths)
         frames, lengths = stack_frames(encoded.frames, encoded.lengths, self.stack)
         return CtcOutput(self.head(frames).float().log_softmax(-1), lengths)
+
+    def place(self, device: str) -> None:
+        self.to(device)
 
     @torch.no_grad()
     def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
@@ -172,6 +179,9 @@ class HuggingFaceCtc(AcousticModel):
                 "name a model folder, a hub id with a CTC head and a tokenizer, or an embedded model"
             ) from error
         return cls(model, extractor, _vocabulary_of(model.config, tokenizer))
+
+    def place(self, device: str) -> None:
+        self.model.to(device)
 
     @torch.no_grad()
     def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:

@@ -38,7 +38,13 @@ class Models:
 
     def acoustic(self, name: str) -> AcousticModel:
         """The CTC model of that name."""
-        return self._once(("acoustic", name), lambda: load_acoustic_model(name))
+
+        def load() -> AcousticModel:
+            model = load_acoustic_model(name)
+            model.place(self.device)
+            return model
+
+        return self._once(("acoustic", name), load)
 
     def language(self, name: str, *, prompt: str = "") -> HFCausalLM:
         """The causal language model of that name, with a prompt before every text."""
