@@ -36,7 +36,7 @@ class ModelOptions:
     """A folder of scales files as `duolect tune` writes them (llm.json, unit.json, ...); default: the acoustic model's own."""
     beam: int = 8
     """Hypotheses kept by one-pass fusion."""
-    nbest: int = 32
+    nbest: int = 20
     """Hypotheses kept where nothing is fused before the end (CTC beam, rescoring)."""
     interval: int = 20
     """Frames between two scorings of delayed fusion."""

@@ -34,7 +34,7 @@ class Ingredients:
     prompt: str = ""
     prior: str = "softmax"
     beam: int = 8
-    nbest: int = 32
+    nbest: int = 20
     aed_beam: int = 4
     interval: int = 20
     scales: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: DEFAULT_SCALES)
