@@ -6,8 +6,9 @@ Shapes: N utterances (A of them active), H hypotheses, D free scales, P points.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from duolect.evaluate.nbest import NBestLists
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_ROWS, _POINTS = 128, 16  # utterances x points at a time: their scores stay in the cache
+_CELLS, _POINTS = 8192, 16  # hypotheses x points at a time: their scores stay in the cache
 _MOST_CORNERS = 3  # free numbers; a box in more dimensions has too many corners to pay off
 
 
@@ -61,31 +62,20 @@ class Line:
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
-    """Active utterances with about equally many live hypotheses; base [n, h] is -inf where there is none."""
-
-    rows: Ints
-    base: Floats
-    slopes: Floats  # [D, n, h]
-    errors: Ints
-
-
-@dataclass(frozen=True, eq=False)
 class Surface:
     """Which hypothesis wins where, for numbers x [D] within a box: score = reference part + sum of scale_d(x) * part_d.
 
     Ties go to the hypothesis that stands first in its list. settled [N]: the errors of utterances that are the same everywhere in
-    the box, 0 for active ones. rows [A]: the active ones.
+    the box, 0 for active ones. rows [A]: the active ones; base [A, H]: their reference part, -inf where there is no hypothesis.
     """
 
     names: tuple[str, ...]
     ranges: tuple[Range, ...]
     settled: Ints
-    groups: tuple[_Group, ...]
-
-    @property
-    def rows(self) -> Ints:
-        return np.concatenate([g.rows for g in self.groups]) if self.groups else np.zeros(0, np.int64)
+    rows: Ints
+    base: Floats
+    slopes: Floats  # [D, A, H]
+    wrong: Ints  # [A, H]
 
     def scales(self, points: Floats) -> Floats:
         """[P, D] the scales that the numbers `points` [P, D] stand for: relative ones multiplied out."""
@@ -98,31 +88,26 @@ class Surface:
     def errors(self, points: Floats) -> NDArray[np.float32]:
         """[P, A] errors of the active utterances at the points [P, D], columns as in `rows`; whole numbers, fp32 for fast exact sums."""
         scales = self.scales(points)
-        found = np.zeros((len(points), sum(len(g.rows) for g in self.groups)), np.float32)
-        left = 0
-        for g in self.groups:
-            height = max(1, _ROWS * 64 // g.base.shape[1])
-            for top in range(0, len(g.rows), height):
-                part = slice(top, top + height)
-                base, wrong = g.base[part], g.errors[part]
-                slopes = g.slopes[:, part].reshape(len(self.names), -1)
-                row = np.arange(len(base))
-                for p in range(0, len(points), _POINTS):
-                    scores = (scales[p : p + _POINTS] @ slopes).reshape(-1, *base.shape)
-                    scores += base
-                    found[p : p + _POINTS, left + top : left + top + len(base)] = wrong[row, scores.argmax(axis=-1)]
-            left += len(g.rows)
+        found = np.zeros((len(points), len(self.rows)), np.float32)
+        height = max(1, _CELLS // self.base.shape[1])
+        for top in range(0, len(self.rows), height):
+            part = slice(top, top + height)
+            base, wrong = self.base[part], self.wrong[part]
+            slopes, row = self.slopes[:, part].reshape(len(self.names), -1), np.arange(len(base))
+            for p in range(0, len(points), _POINTS):
+                scores = (scales[p : p + _POINTS] @ slopes).reshape(-1, *base.shape)
+                scores += base
+                found[p : p + _POINTS, part] = wrong[row, scores.argmax(axis=-1)]
         return found
 
-    def totals(self, points: Floats, *, weights: Ints) -> Ints:
-        """[P] errors over all utterances, each counted weights [N] times."""
-        totals = [self.weighted(self.errors(points[p : p + 512]), weights) for p in range(0, len(points), 512)]
-        return np.concatenate(totals)
-
     def weighted(self, errors: NDArray[np.float32], weights: Ints) -> Ints:
-        """[P] what `totals` gives, from `errors` [P, A]."""
+        """[P] errors over all utterances, each counted weights [N] times, from `errors` [P, A]."""
         # Products of fp32 matrices are fast, and exact as long as no sum of errors reaches 2 ** 24.
         return (errors @ weights[self.rows].astype(np.float32)).astype(np.int64) + int(self.settled @ weights)
+
+    def totals(self, points: Floats, *, weights: Ints) -> Ints:
+        """[P] what `weighted` gives of the errors at the points [P, D]."""
+        return np.concatenate([self.weighted(self.errors(points[p : p + 512]), weights) for p in range(0, len(points), 512)])
 
     def utterance_errors(self, point: Floats) -> Ints:
         """[N] errors at one point [D]."""
@@ -140,37 +125,39 @@ class Surface:
             return self
         corners = np.array(list(itertools.product(*((a, b) if a < b else (a,) for a, b in zip(low, high, strict=True)))))
         probes = np.concatenate([corners, (low + high)[None] / 2])
-        settled = self.settled.copy()
-        pieces = []
-        for g in self.groups:
-            scores = np.tensordot(self.scales(probes), g.slopes, axes=1) + g.base
-            live = g.base > -np.inf
-            row = np.arange(len(g.rows))
-            for winner in {one.tobytes(): one for one in scores.argmax(axis=-1)}.values():
-                best = scores[:-1, row, winner][..., None]
-                # A margin far above rounding: a hypothesis too many costs time, one too few would be wrong.
-                live &= ~(best > scores[:-1] + 1e-9 * (1 + np.abs(best))).all(axis=0)
-            pieces.append((g, live))
-        return Surface(self.names, self.ranges, settled, _grouped(pieces, settled))
+        scores = np.tensordot(self.scales(probes), self.slopes, axes=1) + self.base
+        live, row = self.base > -np.inf, np.arange(len(self.rows))
+        for winner in {one.tobytes(): one for one in scores.argmax(axis=-1)}.values():
+            best = scores[:-1, row, winner][..., None]
+            # A margin far above rounding: a hypothesis too many costs time, one too few would be wrong.
+            live &= ~(best > scores[:-1] + 1e-9 * (1 + np.abs(best))).all(axis=0)
+        return self.only(live)
+
+    def only(self, live: NDArray[np.bool_]) -> Surface:
+        """The surface of the live [A, H] hypotheses; utterances whose live ones all have the same errors are settled."""
+        most, least = (f(np.where(live, self.wrong, fill), axis=1) for f, fill in ((np.max, -1), (np.min, np.iinfo(np.int64).max)))
+        settled, active = self.settled.copy(), most != least
+        settled[self.rows[~active]] = least[~active]
+        width = int(live[active].sum(axis=1).max(initial=1))
+        order = np.argsort(~live[active], axis=1, kind="stable")[:, :width]  # list order decides ties, so it is kept
+
+        def taken(values: NDArray[Any]) -> NDArray[Any]:
+            return np.take_along_axis(values[..., active, :], order[(None,) * (values.ndim - 2)], axis=-1)
+
+        base = np.where(live, self.base, -np.inf)
+        return Surface(self.names, self.ranges, settled, self.rows[active], taken(base), taken(self.slopes), taken(self.wrong))
 
     def line(self, point: Floats, *, coordinate: int, low: float, high: float, weights: Ints) -> Line:
         """The exact errors along one number in low .. high, the others as in `point` [D] (Och, ACL 2003: upper envelopes of lines)."""
         ends = np.stack([point, point])
         ends[:, coordinate] = 0.0, 1.0
         start, unit = self.scales(ends)
-        places, changes = [np.zeros(0)], [np.zeros(0, np.int64)]
-        total = int(self.settled @ weights)
-        for g in self.groups:
-            offset = np.tensordot(start, g.slopes, axes=1) + g.base
-            slope = np.tensordot(unit - start, g.slopes, axes=1)
-            first, where, change = _envelope(offset, slope, g.errors, weights[g.rows], low=low, high=high)
-            total += first
-            places.append(where)
-            changes.append(change)
-        place, change = np.concatenate(places), np.concatenate(changes)
+        offset = np.tensordot(start, self.slopes, axes=1) + self.base
+        slope = np.tensordot(unit - start, self.slopes, axes=1)
+        first, place, change = _envelope(offset, slope, self.wrong, weights[self.rows], low=low, high=high)
         order = np.argsort(place, kind="stable")
-        edges = np.concatenate([[low], place[order], [high]])
-        return Line(edges, total + np.concatenate([[0], np.cumsum(change[order])]))
+        errors = first + int(self.settled @ weights) + np.concatenate([[0], np.cumsum(change[order])])
+        return Line(np.concatenate([[low], place[order], [high]]), errors)
 
 
 def surface_of(lists: NBestLists, *, reference: str, free: Mapping[str, Range]) -> Surface:
@@ -185,43 +172,8 @@ def surface_of(lists: NBestLists, *, reference: str, free: Mapping[str, Range]) 
             raise ValueError(f"the range of {name!r} is relative to {span.of!r}, which is no free scale with a range of its own")
     base = np.where(lists.possible, lists.parts[reference], -np.inf)
     slopes = np.stack([lists.parts[name] for name in free]) if free else np.zeros((0, *base.shape))
-    everything = _Group(np.arange(len(lists)), base, slopes, lists.errors)
-    settled = np.zeros(len(lists), np.int64)
-    return Surface(tuple(free), tuple(free.values()), settled, _grouped([(everything, lists.possible)], settled))
-
-
-def _grouped(pieces: Sequence[tuple[_Group, NDArray[np.bool_]]], settled: Ints) -> tuple[_Group, ...]:
-    """Groups of only the live hypotheses; utterances whose live ones all have the same errors are written into `settled` instead."""
-    buckets: dict[int, list[_Group]] = {}
-    for g, live in pieces:
-        most, least = (f(np.where(live, g.errors, fill), axis=1) for f, fill in ((np.max, -1), (np.min, np.iinfo(np.int64).max)))
-        settled[g.rows[most == least]] = least[most == least]
-        active = np.flatnonzero(most != least)
-        widths = 2 ** np.ceil(np.log2(live[active].sum(axis=1))).astype(int)
-        for width in np.unique(widths):
-            rows = active[widths == width]
-            order = np.argsort(~live[rows], axis=1, kind="stable")[:, :width]  # list order decides ties, so it is kept
-            base = np.take_along_axis(np.where(live[rows], g.base[rows], -np.inf), order, axis=1)
-            slopes = np.take_along_axis(g.slopes[:, rows], order[None], axis=2)
-            group = _Group(g.rows[rows], base, slopes, np.take_along_axis(g.errors[rows], order, axis=1))
-            buckets.setdefault(int(width), []).append(_widened(group, int(width)))
-    return tuple(
-        _Group(
-            np.concatenate([g.rows for g in same]),
-            np.concatenate([g.base for g in same]),
-            np.concatenate([g.slopes for g in same], axis=1),
-            np.concatenate([g.errors for g in same]),
-        )
-        for _, same in sorted(buckets.items())
-    )
-
-
-def _widened(g: _Group, width: int) -> _Group:
-    missing = width - g.base.shape[1]
-    if missing <= 0:
-        return g
-    pad = ((0, 0), (0, missing))
-    return _Group(g.rows, np.pad(g.base, pad, constant_values=-np.inf), np.pad(g.slopes, ((0, 0), *pad)), np.pad(g.errors, pad))
+    settled, rows = np.zeros(len(lists), np.int64), np.arange(len(lists))
+    return Surface(tuple(free), tuple(free.values()), settled, rows, base, slopes, lists.errors).only(lists.possible)
 
 
 def _envelope(offset: Floats, slope: Floats, errors: Ints, weights: Ints, *, low: float, high: float) -> tuple[int, Floats, Ints]:

@@ -91,8 +91,8 @@ def tune(
 ) -> Tuned:
     """The best scales of the parts in `free`, that of `reference` being 1.0.
 
-    grid: `steps` values a side (21, or 11 for three scales); the box of the points within the best 5% is gridded anew, up to ten times
-    (as RWTH's scale tuning does it). line: coordinate by coordinate, each exactly (Och, ACL 2003), from the best of some 1,500 points.
+    grid: the box of the points within the best 5% is gridded anew, up to ten times (as RWTH's scale tuning does it), with `steps` values
+    a side (21, or 11 for three scales). line: coordinate by coordinate, each exactly (Och, ACL 2003). Both start from some 1,500 points.
     auto: grid for two free scales, else line. ValueError for parts the lists lack, a relative range without its base, nothing to tune.
     """
     if not free or not len(lists):
@@ -181,7 +181,7 @@ def same_corpus_warning(scales: Scales, *, references: Mapping[str, str]) -> str
 class _Search:
     """One search for the best numbers x [D], to be run for any selection of the utterances.
 
-    probes [P, D]: spread over the ranges; probed [P, A] their errors. seeds: the rows of `probes` that are the grid's first round.
+    probes [P, D]: spread over the ranges, where every search begins; probed [P, A] their errors.
     """
 
     surface: Surface
@@ -189,31 +189,24 @@ class _Search:
     steps: int
     probes: Floats
     probed: NDArray[np.float32]
-    seeds: Ints
 
     @classmethod
     def of(cls, lists: NBestLists, *, reference: str, free: Mapping[str, Range], grid: bool, steps: int, seed: int) -> _Search:
         low, high = np.array([r.low for r in free.values()]), np.array([r.high for r in free.values()])
         surface = surface_of(lists, reference=reference, free=free).narrowed(low, high)
-        if grid:
-            fine = 2 * steps - 1 if len(free) < 3 else steps
-            probes = _gridded(low, high, fine)
-            seeds = np.arange(len(probes)).reshape((fine,) * len(free))[(slice(None, None, 1 + (fine > steps)),) * len(free)].ravel()
-        elif len(free) in _PROBED:
-            probes = _gridded(low, high, _PROBED[len(free)])
-            seeds = np.arange(len(probes))
+        if side := _PROBED.get(len(free)):
+            probes = _gridded(low, high, side)
         else:
             probes = np.random.default_rng(seed).uniform(low, high, (_SCATTERED, len(free)))
-            seeds = np.arange(len(probes))
-        return cls(surface, grid, steps, probes, surface.errors(probes), seeds)
+        return cls(surface, grid, steps, probes, surface.errors(probes))
 
     def probed_totals(self, weights: Ints) -> Ints:
         return self.surface.weighted(self.probed, weights)
 
     def best(self, weights: Ints) -> Floats:
         """[D] the numbers with the fewest errors over the utterances, each counted weights [N] times."""
-        points, totals = self.probes[self.seeds], self.probed_totals(weights)[self.seeds]
-        return self._shrunk(points, totals, weights) if self.grid else self._descended(points, totals, weights)
+        totals = self.probed_totals(weights)
+        return self._shrunk(self.probes, totals, weights) if self.grid else self._descended(self.probes, totals, weights)
 
     def _shrunk(self, points: Floats, totals: Ints, weights: Ints) -> Floats:
         span = np.ptp(self.probes, axis=0)
