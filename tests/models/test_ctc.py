@@ -59,7 +59,7 @@ def test_nothing_is_nothing() -> None:
 def test_windows_cover_long_audio_once(seconds: float) -> None:
     model = tiny()
     frames = round(seconds * 100)
-    windows = list(model._windows(0, frames, 4))
+    windows = model.windowing().of(0, frames)
     assert [w.keep_from for w in windows] == [0, *(w.keep_to for w in windows[:-1])] and windows[-1].keep_to == frames
     for w in windows:
         assert w.start <= w.keep_from < w.keep_to <= w.end <= frames and w.end - w.start <= 2800
@@ -73,7 +73,7 @@ def test_stitched_windows_are_those_of_the_encoder() -> None:
     model, audio = tiny(window_seconds=6.0), noise(13.0, 4)
     features = whisper_log_mel(torch.from_numpy(audio))
     output = model.log_probs_of([audio])
-    (first, *_) = windows = list(model._windows(0, len(features), 4))
+    (first, *_) = windows = model.windowing().of(0, len(features))
     assert len(windows) > 2
     with torch.inference_mode():
         part = model(features[None, first.start : first.end], torch.tensor([first.end - first.start]))

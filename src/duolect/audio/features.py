@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,14 +33,29 @@ def whisper_log_mel(audio: Tensor, *, mels: int = 80) -> Tensor:
         return (torch.maximum(log_mel, log_mel.max() - 8.0) + 4.0) / 4.0
 
 
-def _power(audio: Tensor, frames: int) -> Tensor:
-    """The power spectrum [frames, WINDOW // 2 + 1]."""
+def log_mel(audio: Tensor, *, mels: int = 80) -> Tensor:
+    """The Conformer's features [..., frames, mels] of samples [..., N] at 16 kHz, frames = ceil(N / 160): fp32, on the samples' device.
+
+    log10(max(mel power, 1e-10)) of an FFT of 512, triangles of height 1 on HTK's mel scale over 0 .. 8000 Hz; neither mean nor maximum is
+    taken out (paper.md 1.2). Frames lie as in `whisper_log_mel`, so an utterance's features are the same alone and in a batch padded with
+    zeros.
+    """
+    frames = -(-audio.shape[-1] // HOP)
+    if not frames:
+        return torch.zeros(*audio.shape[:-1], 0, mels, dtype=torch.float32, device=audio.device)
+    with torch.autocast(audio.device.type, enabled=False):
+        filters = mel_filters(mels, device=audio.device, scale="htk", fft=512)
+        return (_power(audio.float(), frames, fft=512) @ filters).clamp(min=1e-10).log10()
+
+
+def _power(audio: Tensor, frames: int, *, fft: int = WINDOW) -> Tensor:
+    """The power spectrum [..., frames, fft // 2 + 1]."""
     half = WINDOW // 2
-    right = (frames - 1) * HOP + half + 1 - len(audio)  # > 0, and the mirror below always finds its `half` samples
+    right = (frames - 1) * HOP + half + 1 - audio.shape[-1]  # > 0, and the mirror below always finds its `half` samples
     audio = torch.nn.functional.pad(audio, (0, right))
-    audio = torch.cat([audio[1 : half + 1].flip(0), audio])
-    spectrum = torch.stft(audio, WINDOW, HOP, window=_window(audio.device), center=False, return_complex=True)
-    return spectrum.abs().square().T
+    audio = torch.cat([audio[..., 1 : half + 1].flip(-1), audio], -1)
+    spectrum = torch.fft.rfft(audio.unfold(-1, WINDOW, HOP) * _window(audio.device), n=fft)
+    return spectrum.real.square() + spectrum.imag.square()
 
 
 @lru_cache(maxsize=8)
@@ -48,15 +64,17 @@ def _window(device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def mel_filters(mels: int, *, device: torch.device) -> Tensor:
-    """The mel filterbank [WINDOW // 2 + 1, mels] over 0 .. 8000 Hz: triangles on Slaney's scale, each of unit area in Hz."""
-    # Slaney's scale: 15 mels per 1000 Hz up to 1000 Hz, then 27 mels per factor of 6.4.
-    step = np.log(6.4) / 27.0
-    top = 15.0 + np.log(SAMPLE_RATE / 2 / 1000.0) / step
-    points = np.linspace(0.0, top, mels + 2)
-    edges = np.where(points < 15.0, points * 200.0 / 3.0, 1000.0 * np.exp(step * (points - 15.0)))  # Hz [mels + 2]
-    hertz = np.linspace(0.0, SAMPLE_RATE / 2, WINDOW // 2 + 1)[:, None]
+def mel_filters(mels: int, *, device: torch.device, scale: Literal["slaney", "htk"] = "slaney", fft: int = WINDOW) -> Tensor:
+    """The mel filterbank [fft // 2 + 1, mels] over 0 .. 8000 Hz: triangles, each of unit area in Hz (Slaney) or unit height (HTK)."""
+    if scale == "slaney":
+        # 15 mels per 1000 Hz up to 1000 Hz, then 27 mels per factor of 6.4.
+        step = np.log(6.4) / 27.0
+        points = np.linspace(0.0, 15.0 + np.log(SAMPLE_RATE / 2 / 1000.0) / step, mels + 2)
+        edges = np.where(points < 15.0, points * 200.0 / 3.0, 1000.0 * np.exp(step * (points - 15.0)))  # Hz [mels + 2]
+    else:
+        edges = 700.0 * np.expm1(np.linspace(0.0, np.log1p(SAMPLE_RATE / 2 / 700.0), mels + 2))
+    hertz = np.linspace(0.0, SAMPLE_RATE / 2, fft // 2 + 1)[:, None]
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
     rising, falling = (hertz - low) / (centre - low), (high - hertz) / (high - centre)
-    filters = np.maximum(0.0, np.minimum(rising, falling)) * 2.0 / (high - low)
+    filters = np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (high - low) if scale == "slaney" else 1.0)
     return torch.tensor(filters, dtype=torch.float32, device=device)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from duolect.audio.features import SECONDS_PER_FRAME, whisper_log_mel
+from duolect.audio.features import SECONDS_PER_FRAME
 from duolect.audio.io import SAMPLE_RATE
 from duolect.models import ModelError
 from duolect.models.embedded import resolve
-from duolect.models.encoders import Encoder, encoder_from_settings, stack_frames
+from duolect.models.encoders import Encoded, Encoder, encoder_from_settings, require_layers, stack_frames
+from duolect.models.windows import BATCH_SECONDS, Window, Windowing
 from duolect.vocabulary import CharacterVocabulary, TokenizerVocabulary, Vocabulary, load_vocabulary
 
-OVERLAP_SECONDS = 4.0  # of adjacent windows: half of it is context that is thrown away at each inner edge
-BATCH_SECONDS = 120.0  # of padded audio that is encoded at once
+HUGGING_FACE_SECONDS = 40.0  # that other models hear at once: more than the utterances of the usual corpora last
 MIN_SAMPLES = 400  # 25 ms: wav2vec2's convolutions need as much for one frame
 
 
@@ -52,23 +51,57 @@ class AcousticModel(ABC):
         """The log-probs of samples [N], N >= 1, float32 mono 16 kHz, in the order given; any length, long audio goes through windows."""
 
 
-class CtcModel(nn.Module, AcousticModel):
-    """An encoder, optionally frames stacked side by side, and a linear layer to the vocabulary with its blank."""
+@dataclass(frozen=True)
+class Heads:
+    """What every head says of one encoder pass: the main one, and the auxiliary ones by layer."""
 
-    def __init__(self, encoder: Encoder, vocabulary: Vocabulary, *, stack: int = 1, window_seconds: float = 28.0) -> None:
+    main: CtcOutput
+    aux: Mapping[int, CtcOutput]
+    encoded: Encoded
+
+
+class CtcModel(nn.Module, AcousticModel):
+    """An encoder, optionally frames stacked side by side, and a linear layer to the vocabulary with its blank.
+
+    aux: vocabularies (with blank) of further heads, by the encoder layer (from 1) that they hear; they help in training, and each can
+    be loaded as the CTC model.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        vocabulary: Vocabulary,
+        *,
+        stack: int = 1,
+        window_seconds: float = 28.0,
+        aux: Mapping[int, Vocabulary] | None = None,
+    ) -> None:
         super().__init__()
-        if vocabulary.blank is None:
-            raise ModelError(f"vocabulary {vocabulary.digest()} has no blank: CTC needs one (SentencePieceVocabulary(..., blank='last'))")
+        self.aux_vocabularies = dict(sorted((aux or {}).items()))
+        require_layers(list(self.aux_vocabularies), encoder.depth)
+        for v in (vocabulary, *self.aux_vocabularies.values()):
+            if v.blank is None:
+                raise ModelError(f"vocabulary {v.digest()} has no blank: CTC needs one (SentencePieceVocabulary(..., blank='last'))")
         self.encoder, self.vocabulary, self.stack = encoder, vocabulary, stack
         self.window_seconds = min(window_seconds, encoder.max_seconds)
         self.seconds_per_frame = encoder.seconds_per_frame * stack
         self.head = nn.Linear(encoder.dim * stack, vocabulary.size)
+        self.aux = nn.ModuleDict({str(n): nn.Linear(encoder.dim * stack, v.size) for n, v in self.aux_vocabularies.items()})
 
     def forward(self, features: Tensor, lengths: Tensor) -> CtcOutput:
-        """The log-probs of features [B, F, mels] no longer than the encoder's max_seconds."""
+        """The main head's log-probs of features [B, F, mels] no longer than the encoder's max_seconds."""
         encoded = self.encoder(features, lengths)
-        frames, lengths = stack_frames(encoded.frames, encoded.lengths, self.stack)
-        return CtcOutput(self.head(frames).float().log_softmax(-1), lengths)
+        return self._heard(self.head, encoded.frames, encoded.lengths)
+
+    def heads(self, features: Tensor, lengths: Tensor, *, hidden: Tensor | None = None) -> Heads:
+        """All heads' log-probs, for training; hidden: bool [B, F, mels], what SpecAugment hides."""
+        encoded = self.encoder(features, lengths, taps=tuple(self.aux_vocabularies), hidden=hidden)
+        aux = {n: self._heard(self.aux[str(n)], encoded.taps[n], encoded.lengths) for n in self.aux_vocabularies}
+        return Heads(self._heard(self.head, encoded.frames, encoded.lengths), aux, encoded)
+
+    def _heard(self, head: nn.Module, frames: Tensor, lengths: Tensor) -> CtcOutput:
+        frames, lengths = stack_frames(frames, lengths, self.stack)
+        return CtcOutput(head(frames).float().log_softmax(-1), lengths)
 
     def place(self, device: str) -> None:
         self.to(device)
@@ -76,77 +109,113 @@ class CtcModel(nn.Module, AcousticModel):
     @torch.no_grad()
     def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
         device = self.head.weight.device
-        features = [whisper_log_mel(torch.as_tensor(audio, device=device), mels=self.encoder.mels) for audio in audios]
-        per_frame = round(self.seconds_per_frame / SECONDS_PER_FRAME)
-        windows = [w for i, x in enumerate(features) for w in self._windows(i, len(x), per_frame)]
-        found: dict[_Window, Tensor] = {}
-        for batch in _batches(windows, int(BATCH_SECONDS / SECONDS_PER_FRAME)):
-            parts = [features[w.utterance][w.start : w.end] for w in batch]
-            sizes = torch.tensor([len(part) for part in parts], device=device)
-            output = self(nn.utils.rnn.pad_sequence(parts, batch_first=True), sizes)
-            for row, window in enumerate(batch):
-                first, last = (edge // per_frame for edge in (window.keep_from - window.start, window.keep_to - window.start))
-                end = int(output.lengths[row]) if window.keep_to == window.end else last
-                found[window] = output.log_probs[row, first:end]
-        joined = [torch.cat([found[w] for w in windows if w.utterance == i]) for i in range(len(audios))]
-        return _padded(joined, self.vocabulary)
+        features = [self.encoder.features(torch.as_tensor(audio, device=device)) for audio in audios]
 
-    def _windows(self, utterance: int, frames: int, per_frame: int) -> Iterator[_Window]:
-        """Windows over feature frames, equally long, at multiples of an output frame; what they keep covers everything once."""
-        longest, overlap = (int(s / SECONDS_PER_FRAME) // (2 * per_frame) * (2 * per_frame) for s in (self.window_seconds, OVERLAP_SECONDS))
-        if frames <= longest:
-            yield _Window(utterance, 0, frames, 0, frames)
-            return
-        count = -(-(frames - overlap) // (longest - overlap))
-        steps = -(-(frames - longest) // per_frame)  # the last window starts so many output frames in, and ends with the audio
-        starts = [round(i * steps / (count - 1)) * per_frame for i in range(count)]
-        edges = [0, *((b + a + longest) // 2 // per_frame * per_frame for a, b in pairwise(starts)), frames]
-        for start, (first, last) in zip(starts, pairwise(edges), strict=True):
-            yield _Window(utterance, start, min(start + longest, frames), first, last)
+        def encode(batch: list[Window]) -> list[Tensor]:
+            parts = [features[w.utterance][w.start : w.end] for w in batch]
+            output = self(nn.utils.rnn.pad_sequence(parts, batch_first=True), torch.tensor([len(part) for part in parts], device=device))
+            return [x[:n] for x, n in zip(output.log_probs, output.lengths.tolist(), strict=True)]
+
+        return _padded(self.windowing().joined([len(x) for x in features], encode), self.vocabulary)
+
+    def windowing(self) -> Windowing:
+        """How long audio is cut, in feature frames."""
+        return Windowing(round(1 / SECONDS_PER_FRAME), round(self.seconds_per_frame / SECONDS_PER_FRAME), self.window_seconds)
 
     def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
         """Writes a model folder; the weights in `dtype`, the vocabulary beside them, `card` as README.md."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
+        save_model(folder, self.settings(), self.state_dict(), card=card, dtype=dtype)
+        self.save_vocabularies(Path(folder))
+
+    def settings(self) -> dict[str, object]:
+        """What config.json must hold to build the model again without weights and vocabularies."""
+        return {
             "type": "ctc",
             "encoder": self.encoder.settings(),
             "stack": self.stack,
             "window_seconds": self.window_seconds,
             "vocabulary": self.vocabulary.digest(),
+            "aux": {str(n): v.digest() for n, v in self.aux_vocabularies.items()},
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (folder / "README.md").write_text(card)
+
+    def save_vocabularies(self, folder: Path) -> None:
+        """Writes the main vocabulary to the folder and those of auxiliary heads, unless they are the same, to aux/<layer>."""
         self.vocabulary.save(folder)
-        weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors.part", metadata={"format": "pt"})
-        (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+        for n, vocabulary in self.aux_vocabularies.items():
+            if _differ(vocabulary, self.vocabulary):
+                (folder / "aux" / str(n)).mkdir(parents=True, exist_ok=True)
+                vocabulary.save(folder / "aux" / str(n))
 
     @classmethod
-    def load(cls, folder: str | Path) -> CtcModel:
-        """The model that `save` wrote, in fp32 and eval mode. Raises ModelError."""
+    def load(cls, folder: str | Path, *, head: int | None = None) -> CtcModel:
+        """The model that `save` wrote, in fp32 and eval mode. Raises ModelError.
+
+        head: the layer of an auxiliary head that is to be the model's head; the layers above it are left out, and so are other heads.
+        """
         folder = Path(folder)
-        config = _config(folder)
-        vocabulary = load_vocabulary(folder)
-        if vocabulary.digest() != config.get("vocabulary"):
-            raise ModelError(
-                f"{folder}: its vocabulary is {vocabulary.digest()}, config.json was saved with {config.get('vocabulary')}: "
-                "files of two models are mixed, copy the whole folder again"
-            )
-        model = cls(encoder_from_settings(config["encoder"]), vocabulary, stack=config["stack"], window_seconds=config["window_seconds"])
-        try:
-            model.load_state_dict({name: value.float() for name, value in load_file(folder / "model.safetensors").items()})
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            cause = " ".join(str(error).split())[:200]
-            raise ModelError(f"{folder}/model.safetensors: does not fit config.json ({cause}): copy the folder again") from error
-        return model.eval()
+        config = read_config(folder)
+        model = cls.of_config(config, folder)
+        load_weights(model, folder, ignore="decoder.")
+        return model if head is None else model.ending_at(head)
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], folder: Path) -> CtcModel:
+        """The model of a config.json, in eval mode, weights not set, with the vocabularies of the folder. Raises ModelError."""
+        vocabulary, aux = load_vocabulary(folder), {}
+        for n in config.get("aux", {}):
+            own = folder / "aux" / n
+            aux[int(n)] = load_vocabulary(own) if own.is_dir() else vocabulary
+        for v, digest in ((vocabulary, config.get("vocabulary")), *((aux[int(n)], digest) for n, digest in config.get("aux", {}).items())):
+            if v.digest() != digest:
+                raise ModelError(
+                    f"{folder}: its vocabulary is {v.digest()}, config.json was saved with {digest}: "
+                    "files of two models are mixed, copy the whole folder again"
+                )
+        encoder = encoder_from_settings(config["encoder"])
+        return cls(encoder, vocabulary, stack=config["stack"], window_seconds=config["window_seconds"], aux=aux).eval()
+
+    def ending_at(self, layer: int) -> CtcModel:
+        """The model whose encoder ends at that layer and whose only head is the auxiliary one there; it shares the weights. ModelError."""
+        if layer not in self.aux_vocabularies:
+            known = ", ".join(map(str, self.aux_vocabularies)) or "none"
+            raise ModelError(f"the model has no auxiliary head at layer {layer}; it has: {known}")
+        encoder = encoder_from_settings({**self.encoder.settings(), "layers": layer})
+        model = CtcModel(encoder, self.aux_vocabularies[layer], stack=self.stack, window_seconds=self.window_seconds)
+        own = {f"head.{name}": x for name, x in self.aux[str(layer)].state_dict().items()}
+        names = {name for name, _ in encoder.named_parameters()} | {name for name, _ in encoder.named_buffers()}
+        own |= {f"encoder.{name}": x for name, x in self.encoder.state_dict().items() if name in names}
+        model.load_state_dict(own, assign=True)
+        return model.train(self.training)
+
+
+def save_model(
+    folder: str | Path, config: Mapping[str, object], weights: Mapping[str, Tensor], *, card: str, dtype: torch.dtype = torch.float16
+) -> None:
+    """Writes config.json, README.md (`card`) and model.safetensors (weights in `dtype`) to a folder, made if need be."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "README.md").write_text(card)
+    moved = {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
+    save_file(moved, folder / "model.safetensors.part", metadata={"format": "pt"})
+    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+
+
+def load_weights(model: nn.Module, folder: Path, *, ignore: str = "") -> None:
+    """Sets the weights to those in a model folder, all of them but those whose names start with `ignore`. Raises ModelError."""
+    try:
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict({name: x.float() for name, x in weights.items() if not ignore or not name.startswith(ignore)})
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ModelError(f"{folder}/model.safetensors: does not fit config.json ({cause}): copy the folder again") from error
 
 
 class HuggingFaceCtc(AcousticModel):
     """Any AutoModelForCTC (wav2vec2, HuBERT, WavLM, Parakeet-CTC, ...) with its own features and tokenizer; blank is its pad index."""
 
-    def __init__(self, model: Any, extractor: Any, vocabulary: Vocabulary) -> None:
-        self.model, self.extractor, self.vocabulary = model.eval(), extractor, vocabulary
+    def __init__(self, model: Any, extractor: Any, vocabulary: Vocabulary, *, window_seconds: float = HUGGING_FACE_SECONDS) -> None:
+        self.model, self.extractor, self.vocabulary, self.window_seconds = model.eval(), extractor, vocabulary, window_seconds
         self.seconds_per_frame = _seconds_per_frame(model.config, extractor)
 
     @cached_property
@@ -159,10 +228,10 @@ class HuggingFaceCtc(AcousticModel):
         if _output_lengths(self.model) is None:
             return False
         random = np.random.default_rng(0)
-        audios = {i: random.standard_normal(n).astype(np.float32) * 0.1 for i, n in enumerate((16_000, 6_160))}
-        alone = {i: self._log_probs({i: audio}, masked=True)[i] for i, audio in audios.items()}
-        batched = self._log_probs(audios, masked=True)
-        return all(x.shape == batched[i].shape and bool((x - batched[i]).abs().max() < 1e-3) for i, x in alone.items())
+        audios = [random.standard_normal(n).astype(np.float32) * 0.1 for n in (16_000, 6_160)]
+        alone = [self._log_probs([audio], masked=True)[0] for audio in audios]
+        pairs = zip(alone, self._log_probs(audios, masked=True), strict=True)
+        return all(x.shape == y.shape and bool((x - y).abs().max() < 1e-3) for x, y in pairs)
 
     @classmethod
     def load(cls, name: str) -> HuggingFaceCtc:
@@ -186,24 +255,29 @@ class HuggingFaceCtc(AcousticModel):
     @torch.no_grad()
     def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
         audios = [np.pad(audio, (0, max(0, MIN_SAMPLES - len(audio)))) for audio in audios]
-        found: dict[int, Tensor] = {}
-        windows = [_Window(i, 0, len(audio), 0, len(audio)) for i, audio in enumerate(audios)]
         together = len(audios) > 1 and self.together
-        for batch in _batches(windows, int(BATCH_SECONDS * SAMPLE_RATE) if together else 1):
-            found |= self._log_probs({w.utterance: audios[w.utterance] for w in batch}, masked=together)
-        return _padded([found[i] for i in range(len(audios))], self.vocabulary)
+        cut = replace(self.windowing(), batch_seconds=BATCH_SECONDS if together else 0.0)
 
-    def _log_probs(self, audios: dict[int, np.ndarray], *, masked: bool) -> dict[int, Tensor]:
+        def encode(batch: list[Window]) -> list[Tensor]:
+            return self._log_probs([audios[w.utterance][w.start : w.end] for w in batch], masked=together)
+
+        return _padded(cut.joined([len(audio) for audio in audios], encode), self.vocabulary)
+
+    def windowing(self) -> Windowing:
+        """How long audio is cut, in samples."""
+        return Windowing(SAMPLE_RATE, round(self.seconds_per_frame * SAMPLE_RATE), self.window_seconds)
+
+    def _log_probs(self, audios: Sequence[np.ndarray], *, masked: bool) -> list[Tensor]:
         """[T, V] per utterance of one batch; masked: with an attention mask even where the extractor would leave it out."""
         options: dict[str, Any] = {"return_attention_mask": True} if masked else {}
-        inputs = self.extractor(list(audios.values()), sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt", **options)
+        inputs = self.extractor(list(audios), sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt", **options)
         inputs = inputs.to(self.model.device)
         logits = self.model(**inputs).logits[..., : self.vocabulary.size]
         mask, output_lengths = inputs.get("attention_mask"), _output_lengths(self.model)
         lengths = [logits.shape[1]] * len(audios)
         if mask is not None and output_lengths is not None:
             lengths = output_lengths(mask.sum(-1)).tolist()
-        return {i: logits[row, : lengths[row]].float().log_softmax(-1) for row, i in enumerate(audios)}
+        return [x[:n].float().log_softmax(-1) for x, n in zip(logits, lengths, strict=True)]
 
 
 def _output_lengths(model: Any) -> Callable[[Tensor], Tensor] | None:
@@ -214,34 +288,9 @@ def _output_lengths(model: Any) -> Callable[[Tensor], Tensor] | None:
 def load_acoustic_model(name: str | Path) -> AcousticModel:
     """The CTC model of an embedded name (`duolect-ctc`), a model folder of ours, or a Hugging Face folder or hub id. Raises ModelError."""
     place = resolve(str(name))
-    if Path(place).is_dir():
-        config = _config(Path(place))
-        if config.get("type") == "ctc":
-            return CtcModel.load(place)
+    if Path(place).is_dir() and read_config(Path(place)).get("type") in ("ctc", "aed"):
+        return CtcModel.load(place)
     return HuggingFaceCtc.load(str(place))
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A piece [start, end) of an utterance, of whose frames those of [keep_from, keep_to) count."""
-
-    utterance: int
-    start: int
-    end: int
-    keep_from: int
-    keep_to: int
-
-
-def _batches(windows: Sequence[_Window], room: int) -> Iterator[list[_Window]]:
-    """Windows of like length together, at most `room` padded units in a batch, one at least."""
-    batch: list[_Window] = []
-    for window in sorted(windows, key=lambda w: w.start - w.end):
-        if batch and (len(batch) + 1) * (batch[0].end - batch[0].start) > room:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
 
 
 def _padded(log_probs: Sequence[Tensor], vocabulary: Vocabulary) -> CtcOutput:
@@ -255,7 +304,8 @@ def _padded(log_probs: Sequence[Tensor], vocabulary: Vocabulary) -> CtcOutput:
     return CtcOutput(padded, lengths)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises ModelError."""
     path = folder / "config.json"
     try:
         return json.loads(path.read_text())
@@ -263,6 +313,10 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: is missing: {folder} is no model folder; name one with config.json and model.safetensors") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}): copy the model folder again") from error
+
+
+def _differ(one: Vocabulary, other: Vocabulary) -> bool:
+    return (one.digest(), one.size, one.blank) != (other.digest(), other.size, other.blank)
 
 
 def _vocabulary_of(config: Any, tokenizer: Any) -> Vocabulary:

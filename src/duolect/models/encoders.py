@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,26 +13,40 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duolect.audio.features import whisper_log_mel
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """What an encoder heard: frames [B, T, D], zero beyond lengths [B]."""
+    """What an encoder heard: frames [B, T, D], zero beyond lengths [B].
+
+    taps: layer number, from 1, to [B, T, D]: what `frames` would be if the encoder ended with that layer (its final norm included).
+    """
 
     frames: Tensor
     lengths: Tensor
+    taps: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Encoder(nn.Module, ABC):
-    """Features to frames. A padded batch gives what each utterance gives alone."""
+    """Features to frames. A padded batch gives what each utterance gives alone; `depth` is the number of layers."""
 
     dim: int
     mels: int
+    depth: int
     seconds_per_frame: float
     max_seconds: float
 
     @abstractmethod
-    def forward(self, features: Tensor, lengths: Tensor) -> Encoded:
-        """Frames of features [B, F, mels], of which the first lengths[b] >= 1 are real in utterance b."""
+    def features(self, audio: Tensor) -> Tensor:
+        """[F, mels] what this encoder hears, of samples [N] at 16 kHz: one feature frame per 10 ms, F = ceil(N / 160)."""
+
+    @abstractmethod
+    def forward(self, features: Tensor, lengths: Tensor, *, taps: Sequence[int] = (), hidden: Tensor | None = None) -> Encoded:
+        """Frames of features [B, F, mels], of which the first lengths[b] >= 1 are real in utterance b.
+
+        taps: layers whose output is wanted too. hidden: bool [B, F, mels], features that SpecAugment sets to their mean.
+        """
 
     @abstractmethod
     def settings(self) -> dict[str, object]:
@@ -67,7 +82,7 @@ class WhisperEncoder(Encoder):
         if dims.merge_after is not None and dims.merge_after not in range(dims.layers):
             raise ValueError(f"merge_after is {dims.merge_after}, expected 0 .. {dims.layers - 1}: a layer must follow")
         self.dims = dims
-        self.dim, self.mels, self.max_seconds = dims.dim, dims.mels, dims.positions * 0.02
+        self.dim, self.mels, self.depth, self.max_seconds = dims.dim, dims.mels, dims.layers, dims.positions * 0.02
         self.seconds_per_frame = 0.02 if dims.merge_after is None else 0.04
         self.conv1 = nn.Conv1d(dims.mels, dims.dim, 3, padding=1)
         self.conv2 = nn.Conv1d(dims.dim, dims.dim, 3, stride=2, padding=1)
@@ -77,21 +92,30 @@ class WhisperEncoder(Encoder):
         self.merge = None if dims.merge_after is None else _mean_of_two(dims.dim)
         self.layer_norm = nn.LayerNorm(dims.dim)
 
-    def forward(self, features: Tensor, lengths: Tensor) -> Encoded:
+    def features(self, audio: Tensor) -> Tensor:
+        return whisper_log_mel(audio, mels=self.mels)
+
+    def forward(self, features: Tensor, lengths: Tensor, *, taps: Sequence[int] = (), hidden: Tensor | None = None) -> Encoded:
+        require_layers(taps, self.depth, first=1 + (self.dims.merge_after or 0))
         x = features * frame_mask(lengths, features.shape[1])[..., None]
+        if hidden is not None:
+            mean = x.sum((1, 2), keepdim=True) / (lengths[:, None, None] * self.mels)
+            x = torch.where(hidden & frame_mask(lengths, x.shape[1])[..., None], mean.to(x.dtype), x)
         x = F.gelu(self.conv1(x.transpose(1, 2))) * frame_mask(lengths, features.shape[1])[:, None]
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         lengths = (lengths + 1) // 2
         if x.shape[1] > self.dims.positions:
             raise ValueError(f"{x.shape[1] * 0.02:.1f} s of audio > the encoder's {self.max_seconds:.0f} s: cut it into windows")
         x = x + self.embed_positions.weight[: x.shape[1]]
-        mask = frame_mask(lengths, x.shape[1])
+        mask, tapped = frame_mask(lengths, x.shape[1]), {}
         for i, layer in enumerate(self.layers):
             if self.merge is not None and i == self.dims.merge_after:
                 x, lengths = stack_frames(x, lengths, 2)
                 x, mask = self.merge(x), frame_mask(lengths, x.shape[1])
             x = layer(x, mask[:, None, None])
-        return Encoded(self.layer_norm(x) * mask[..., None], lengths)
+            if i + 1 in taps:
+                tapped[i + 1] = self.layer_norm(x) * mask[..., None]
+        return Encoded(tapped[self.depth] if self.depth in tapped else self.layer_norm(x) * mask[..., None], lengths, tapped)
 
     def settings(self) -> dict[str, object]:
         return {"type": "whisper", **asdict(self.dims)}
@@ -118,13 +142,24 @@ class WhisperEncoder(Encoder):
         return encoder
 
 
-def encoder_from_settings(settings: dict[str, object]) -> Encoder:
+def encoder_from_settings(settings: Mapping[str, object]) -> Encoder:
     """The encoder, weights not set, that `settings()` described."""
-    settings = dict(settings)
-    kind = settings.pop("type", None)
-    if kind != "whisper":
-        raise ValueError(f"encoder type {kind!r} is unknown; known: whisper")
-    return WhisperEncoder(WhisperDims(**settings))  # pyright: ignore[reportArgumentType]
+    from duolect.models.conformer import ConformerDims, ConformerEncoder  # stands on this file
+
+    fields = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items() if name != "type"}
+    kind = settings.get("type")
+    if kind == "whisper":
+        return WhisperEncoder(WhisperDims(**fields))  # pyright: ignore[reportArgumentType]
+    if kind == "conformer":
+        return ConformerEncoder(ConformerDims(**fields))  # pyright: ignore[reportArgumentType]
+    raise ValueError(f"encoder type {kind!r} is unknown; known: whisper, conformer")
+
+
+def require_layers(taps: Sequence[int], depth: int, *, first: int = 1) -> None:
+    """Raises ValueError unless every tap is a layer number in first .. depth."""
+    for layer in taps:
+        if not first <= layer <= depth:
+            raise ValueError(f"layer {layer} is to be tapped, but only {first} .. {depth} can be: frames of another rate, or no such layer")
 
 
 def stack_frames(frames: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
