@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from duolect.audio.features import HOP, WINDOW, mel_filters, whisper_log_mel
+from duolect.audio.features import HOP, WINDOW, log_mel, mel_filters, whisper_log_mel
 
 CPU = torch.device("cpu")
 FULL = 30 * 16000
@@ -81,6 +81,62 @@ def test_the_last_frame_of_full_30_seconds_alone_differs() -> None:
     ours, theirs = whisper_log_mel(torch.from_numpy(audio)).numpy(), hugging_face(audio, 80)
     np.testing.assert_allclose(ours[:-1], theirs[:-1], atol=1e-4)
     assert ours.shape == theirs.shape
+
+
+def log_mel_of_transformers(audio: np.ndarray, mels: int) -> np.ndarray:
+    """The Conformer's features by transformers' numpy functions, of audio mirrored in front and zero behind; [ceil(N / 160), mels]."""
+    from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+    filters = mel_filter_bank(257, mels, 0.0, 8000.0, 16000, norm=None, mel_scale="htk")
+    frames = -(-len(audio) // 160)
+    padded = np.pad(np.pad(audio.astype(np.float64), (0, 1000)), (200, 0), mode="reflect")[: 160 * (frames - 1) + 400]
+    window = window_function(400, "hann", periodic=True)
+    return spectrogram(
+        padded,
+        window,
+        400,
+        160,
+        fft_length=512,
+        power=2.0,
+        center=False,
+        mel_filters=filters,
+        mel_floor=1e-10,
+        log_mel="log10",
+        dtype=np.float64,
+    ).T  # type: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("mels", [80, 40])
+@pytest.mark.parametrize("samples", [1, 159, 161, 400, 16001, 48000])
+def test_log_mel_equals_transformers(samples: int, mels: int) -> None:
+    audio = speech_like(samples, seed=samples)
+    features = log_mel(torch.from_numpy(audio), mels=mels)
+    assert features.dtype == torch.float32 and features.shape == (-(-samples // 160), mels)
+    np.testing.assert_allclose(features.numpy(), log_mel_of_transformers(audio, mels), atol=1e-3)
+
+
+def test_log_mel_equals_a_plain_fourier_sum() -> None:
+    audio = speech_like(1000)
+    mirrored = np.concatenate([audio[200:0:-1], audio, np.zeros(400)]).astype(np.float64)
+    n, k = np.arange(400), np.arange(257)[:, None]
+    frame = mirrored[320:720] * (0.5 - 0.5 * np.cos(2 * np.pi * n / 400))
+    power = np.abs((frame * np.exp(-2j * np.pi * k * n / 512)).sum(1)) ** 2
+    edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 82) / 2595) - 1)
+    for m in (0, 7, 79):
+        expected = sum(p * max(0.0, np.interp(31.25 * i, edges[m : m + 3], [0, 1, 0])) for i, p in enumerate(power))
+        assert float(log_mel(torch.from_numpy(audio))[2, m]) == pytest.approx(np.log10(expected), abs=1e-3)
+
+
+def test_log_mel_of_a_batch_of_silence_and_of_nothing() -> None:
+    audios = [torch.from_numpy(speech_like(n, seed=n)) for n in (500, 3210, 1600)]
+    batch = log_mel(torch.nn.utils.rnn.pad_sequence(audios, batch_first=True))
+    for row, audio in zip(batch, audios, strict=True):
+        alone = log_mel(audio)
+        torch.testing.assert_close(row[: len(alone)], alone)
+    torch.testing.assert_close(log_mel(torch.zeros(500)), torch.full((4, 80), -10.0))
+    assert log_mel(torch.zeros(0)).shape == (0, 80) and log_mel(torch.zeros(3, 0)).shape == (3, 0, 80)
+    filters = mel_filters(80, device=CPU, scale="htk", fft=512)
+    assert (filters.sum(0) > 0).all(), "no filter falls between two bins"
 
 
 def test_silence_and_nothing() -> None:

@@ -19,6 +19,7 @@ from transformers import (
 
 from duolect.audio.features import whisper_log_mel
 from duolect.models import ModelError
+from duolect.models.conformer import ConformerDims, ConformerEncoder
 from duolect.models.ctc import CtcModel, HuggingFaceCtc, load_acoustic_model
 from duolect.models.encoders import WhisperDims, WhisperEncoder
 from duolect.vocabulary import CharacterVocabulary
@@ -121,6 +122,60 @@ def test_a_vocabulary_without_blank_is_refused() -> None:
         CtcModel(encoder, CharacterVocabulary(CHARACTERS[1:], blank=None))
 
 
+def with_aux() -> CtcModel:
+    torch.manual_seed(0)
+    dims = ConformerDims(dim=16, layers=3, heads=2, kernel=4, channels=(2, 2, 4))
+    vocabulary, other = CharacterVocabulary(CHARACTERS), CharacterVocabulary([*CHARACTERS, "X"], blank="X")
+    return CtcModel(ConformerEncoder(dims), vocabulary, aux={2: other, 1: vocabulary}).eval()
+
+
+def test_all_heads_speak_of_one_encoder_pass() -> None:
+    model, features, lengths = with_aux(), torch.randn(2, 50, 80), torch.tensor([50, 31])
+    with torch.inference_mode():
+        heads = model.heads(features, lengths)
+        torch.testing.assert_close(heads.main.log_probs, model(features, lengths).log_probs)
+    assert list(heads.aux) == [1, 2] and heads.encoded.frames.shape == (2, 9, 16)
+    assert [heads.aux[n].log_probs.shape for n in (1, 2)] == [(2, 9, 10), (2, 9, 11)]
+    assert heads.aux[2].lengths.tolist() == [9, 6]
+    hidden = torch.rand(2, 50, 80) < 0.5
+    assert not torch.allclose(model.heads(features, lengths, hidden=hidden).main.log_probs, heads.main.log_probs)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_an_auxiliary_head_can_be_the_model(tmp_path: Path, layer: int) -> None:
+    model, audios = with_aux(), [noise(0.7, 1), noise(1.1, 2)]
+    model.save(tmp_path / "all", card="", dtype=torch.float32)
+    again = CtcModel.load(tmp_path / "all")
+    torch.testing.assert_close(again.log_probs_of(audios).log_probs, model.log_probs_of(audios).log_probs)
+    assert {n: v.blank for n, v in again.aux_vocabularies.items()} == {1: 0, 2: 10}
+    early = CtcModel.load(tmp_path / "all", head=layer)
+    assert early.encoder.depth == layer and early.vocabulary.size == 9 + layer and not early.training
+    for audio in audios:
+        features = model.encoder.features(torch.from_numpy(audio))
+        with torch.inference_mode():
+            expected = model.heads(features[None], torch.tensor([len(features)])).aux[layer]
+        torch.testing.assert_close(early.log_probs_of([audio]).log_probs, expected.log_probs)
+    early.save(tmp_path / "early", card="", dtype=torch.float32)
+    torch.testing.assert_close(CtcModel.load(tmp_path / "early").log_probs_of(audios).log_probs, early.log_probs_of(audios).log_probs)
+    with pytest.raises(ModelError, match="no auxiliary head at layer 3; it has: 1, 2"):
+        CtcModel.load(tmp_path / "all", head=3)
+
+
+def test_an_auxiliary_head_of_whisper() -> None:
+    torch.manual_seed(0)
+    vocabulary = CharacterVocabulary(CHARACTERS)
+    encoder = WhisperEncoder(WhisperDims(mels=80, dim=16, layers=3, heads=2, positions=100, merge_after=1))
+    model, features, lengths = CtcModel(encoder, vocabulary, aux={2: vocabulary}).eval(), torch.randn(1, 50, 80), torch.tensor([50])
+    with torch.inference_mode():
+        torch.testing.assert_close(model.ending_at(2)(features, lengths).log_probs, model.heads(features, lengths).aux[2].log_probs)
+        hidden = torch.zeros(1, 50, 80, dtype=torch.bool)
+        hidden[:, 10:20] = True
+        expected = model(torch.where(hidden, features.mean(), features), lengths).log_probs
+        torch.testing.assert_close(model.heads(features, lengths, hidden=hidden).main.log_probs, expected)
+    with pytest.raises(ValueError, match=r"layer 1 is to be tapped, but only 2 \.\. 3"):
+        CtcModel(encoder, vocabulary, aux={1: vocabulary}).heads(features, lengths)
+
+
 SMALL = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -158,6 +213,28 @@ def test_hugging_face_models_do_not_hear_the_batch(tmp_path: Path, config: type,
         assert int(alone.lengths[0]) == int(batch.lengths[i])
         torch.testing.assert_close(batch.log_probs[i, : batch.lengths[i]], alone.log_probs[0], atol=1e-4, rtol=1e-4)
     assert am.seconds_per_frame == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_hugging_face_models_hear_long_audio_in_windows(tmp_path: Path, norm: str) -> None:
+    am = load_acoustic_model(hugging_face(tmp_path, Wav2Vec2Config, Wav2Vec2ForCTC, norm))
+    assert isinstance(am, HuggingFaceCtc)
+    long, short = noise(13.003, 5), noise(5.9, 6)
+    whole = am.log_probs_of([long, short])
+    am.window_seconds = 6.0
+    output = am.log_probs_of([long, short])
+    assert torch.equal(output.lengths, whole.lengths), "windows give as many frames as the whole"
+    torch.testing.assert_close(output.log_probs[1, : output.lengths[1]], whole.log_probs[1, : whole.lengths[1]], atol=1e-4, rtol=1e-4)
+    windows, parts = am.windowing().of(0, len(long)), []
+    assert len(windows) > 3 and max(w.end - w.start for w in windows) <= 6 * 16000
+    for w in windows:
+        part = am.log_probs_of([long[w.start : w.end]])
+        last = int(part.lengths[0]) if w.keep_to == w.end else (w.keep_to - w.start) // 320
+        parts.append(part.log_probs[0, (w.keep_from - w.start) // 320 : last])
+    torch.testing.assert_close(output.log_probs[0, : output.lengths[0]], torch.cat(parts), atol=1e-4, rtol=1e-4)
+    am.seconds_per_frame = 0.04
+    with pytest.raises(ModelError, match=r"gave 300 frames, but one should last 0\.040 s"):
+        am.log_probs_of([long])
 
 
 def test_hugging_face_tokenizer_becomes_characters(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from duolect.models import ModelError
+
 OVERLAP_SECONDS = 4.0  # of adjacent windows: half of it is context that is thrown away at each inner edge
 BATCH_SECONDS = 120.0  # of padded audio that is encoded at once
 
@@ -47,11 +49,19 @@ class Windowing:
         return [Window(utterance, start, min(start + longest, size), first, last) for start, (first, last) in kept]
 
     def joined(self, sizes: Sequence[int], encode: Callable[[list[Window]], Sequence[Tensor]]) -> list[Tensor]:
-        """[T, ...] per utterance of `sizes` units, out of what `encode` gives for each window [start, end) of a batch: its frames."""
+        """[T, ...] per utterance of `sizes` units, out of what `encode` gives for each window [start, end) of a batch: its frames.
+
+        ModelError where windows have to be joined and their frames do not last per_frame each.
+        """
         windows = [w for i, size in enumerate(sizes) for w in self.of(i, size)]
         found: dict[Window, Tensor] = {}
         for batch in self._batches(windows):
             for w, frames in zip(batch, encode(batch), strict=True):
+                if w.end - w.start < sizes[w.utterance] and abs(len(frames) * self.per_frame - (w.end - w.start)) > 4 * self.per_frame:
+                    raise ModelError(
+                        f"{(w.end - w.start) / self.per_second:.1f} s of audio gave {len(frames)} frames, but one should last "
+                        f"{self.per_frame / self.per_second:.3f} s: long audio cannot be joined, cut it into segments"
+                    )
                 first, last = ((edge - w.start) // self.per_frame for edge in (w.keep_from, w.keep_to))
                 found[w] = frames[first : len(frames) if w.keep_to == w.end else last]
         return [torch.cat([found[w] for w in windows if w.utterance == i]) for i in range(len(sizes))]
