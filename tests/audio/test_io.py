@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from duolect.audio.io import SAMPLE_RATE, AudioError, duration_of, read_audio
+from duolect.audio.io import SAMPLE_RATE, AudioError, AudioWarning, duration_of, read_audio
 
 RATE = 48000
 SECONDS = 1.5
@@ -65,6 +65,34 @@ def test_eight_channels_are_averaged(tmp_path: Path) -> None:
     audio = read_audio(write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="FLOAT"))
     np.testing.assert_allclose(audio, samples.mean(axis=1), atol=1e-6)
     assert len(read_audio(write(tmp_path / "b.wav", tone(RATE, channels=8)))) == round(SECONDS * SAMPLE_RATE)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3"])
+def test_channels_that_cancel_are_not_averaged_to_silence(tmp_path: Path, suffix: str) -> None:
+    mono = tone(SAMPLE_RATE).astype(np.float32)
+    path = write(tmp_path / f"a.{suffix}", np.stack([0.97 * mono, -mono], axis=1), SAMPLE_RATE)
+    with pytest.warns(AudioWarning, match="cancel each other: used channel 2 of 2"):
+        audio = read_audio(path)
+    assert np.sqrt(np.mean((audio[2000:20000] + mono[2000:20000]) ** 2)) < 0.1 * mono.std()
+
+
+def test_integers_written_as_floats_are_scaled_and_clipping_is_said(tmp_path: Path) -> None:
+    mono = tone(SAMPLE_RATE).astype(np.float32)
+    with pytest.warns(AudioWarning, match=r"reach \d{4}, expected 1"):
+        audio = read_audio(write(tmp_path / "a.wav", 20_000 * mono, SAMPLE_RATE, subtype="FLOAT"))
+    np.testing.assert_allclose(audio, mono / np.abs(mono).max(), atol=1e-6)
+    with pytest.warns(AudioWarning, match=r"\d\d% of its samples are clipped"):
+        audio = read_audio(write(tmp_path / "b.wav", np.clip(9 * mono, -1, 1), SAMPLE_RATE, subtype="FLOAT"))
+    assert np.abs(audio).max() == 1.0
+
+
+@pytest.mark.filterwarnings("error::duolect.audio.io.AudioWarning")
+def test_what_is_only_loud_stays_as_it_is(tmp_path: Path) -> None:
+    loud = 3 * tone(SAMPLE_RATE).astype(np.float32) * np.linspace(0, 1, round(SECONDS * SAMPLE_RATE), dtype=np.float32) ** 4
+    np.testing.assert_array_equal(read_audio(write(tmp_path / "a.wav", loud, SAMPLE_RATE, subtype="FLOAT")), loud)
+    one_of_eight = np.zeros((SAMPLE_RATE, 8))
+    one_of_eight[:, 5] = tone(SAMPLE_RATE)[:SAMPLE_RATE]
+    np.testing.assert_allclose(read_audio(write(tmp_path / "b.wav", one_of_eight, SAMPLE_RATE)), one_of_eight[:, 5] / 8, atol=1e-4)
 
 
 def test_long_audio_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +160,7 @@ def as_noise(path: Path) -> None:
 
 
 BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "missing": ("a.wav", lambda path: None, "no such file: check the path"),
+    "missing": ("a.wav", lambda path: None, "no such file: check the path; in a manifest it starts at the manifest's folder$"),
     "empty": ("a.wav", lambda path: path.touch(), r"is empty \(0 bytes\): "),
     "folder": ("a.wav", lambda path: path.mkdir(), "is a folder, expected an audio file: "),
     "zero length": ("a.wav", lambda path: write(path, np.zeros(0)), r"has no samples \(zero length\): "),

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ SAMPLE_RATE = 16000
 BLOCK_FRAMES = 1 << 20  # mixed down block by block: an hour of 8 channels never lies in memory at once
 MISSING_SECONDS, MISSING_SHARE = 0.5, 0.05  # headers of mp3 are estimates; what lacks more than this was cut off
 LOUDEST = 2.0**31  # full scale is 1; beyond the largest integer format it is no audio, and its power would overflow fp32
+CANCELLED = 0.01  # of the loudest channel's power: what the mean of the channels must keep (-20 dB)
+INTEGERS = 8.0  # a peak beyond it is no loud recording but integers written as floats: models hear nothing in them
+CLIPPED = 0.05  # share of the samples at full scale that costs words
 
 # Containers that libsndfile opens: what starts like them and fails is broken, and ffmpeg is not the cure.
 _KNOWN_STARTS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff", b"\xff\xfb", b"\xff\xf3")
@@ -32,8 +36,14 @@ class AudioError(ValueError):
     """Audio that cannot be used; the message is one line: file, cause, next step."""
 
 
+class AudioWarning(UserWarning):
+    """Audio that can be used, but may be understood badly: file, cause, what was done or is to do."""
+
+
 def read_audio(source: str | Path | bytes, *, name: str | None = None) -> np.ndarray:
-    """The samples [N] of a file or of a file's bytes, N > 0, finite: float32, mono (mean of the channels), 16 kHz, full scale 1.
+    """The samples [N] of a file or of a file's bytes, N > 0, finite: float32, mono, 16 kHz, full scale 1.
+
+    Channels are averaged, or where they cancel each other, the loudest one is taken. AudioWarning for that, and for clipped samples.
 
     wav, flac, mp3, ogg, opus and what else libsndfile opens; other formats (m4a, ...) where `ffmpeg` is on the PATH.
     name: how errors call the source. Raises AudioError.
@@ -52,6 +62,7 @@ def read_audio(source: str | Path | bytes, *, name: str | None = None) -> np.nda
             else:
                 samples = _mixed_down(sound, where)
     _require_usable(samples, rate, where)
+    samples = _at_full_scale(samples, where)
     if rate != SAMPLE_RATE:
         samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")
         if not len(samples):
@@ -78,7 +89,7 @@ def _start_of(source: str | Path | bytes, where: str) -> bytes:
             with open(source, "rb") as file:
                 start = file.read(16)
         except FileNotFoundError:
-            raise AudioError(f"{where}: no such file: check the path (relative paths start at {Path.cwd()})") from None
+            raise AudioError(f"{where}: no such file: check the path; in a manifest it starts at the manifest's folder") from None
         except IsADirectoryError:
             raise AudioError(f"{where}: is a folder, expected an audio file: name a file in it") from None
         except (OSError, ValueError) as error:
@@ -88,14 +99,20 @@ def _start_of(source: str | Path | bytes, where: str) -> bytes:
     return start
 
 
-def _mixed_down(sound: soundfile.SoundFile, where: str) -> np.ndarray:
-    """Mono samples [N] at the file's own rate."""
-    blocks = []
+def _mixed_down(sound: soundfile.SoundFile, where: str, *, channel: int | None = None) -> np.ndarray:
+    """Mono samples [N] at the file's own rate: the mean of the channels, or the one asked for."""
+    blocks, power = [], np.zeros(sound.channels + 1)
     try:
         while len(block := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
-            blocks.append(block.mean(axis=1))
+            blocks.append(block.mean(axis=1) if channel is None else block[:, channel].copy())
+            power += [np.vdot(x, x) for x in (*block.T, blocks[-1])]
     except _UNREADABLE as error:
         raise AudioError(f"{where}: is corrupt behind its header ({_one_line(error)}): fetch it again or write it anew") from error
+    if channel is None and power[-1] < CANCELLED * power[:-1].max() and sound.seekable():
+        best = int(power[:-1].argmax())
+        warnings.warn(f"{where}: its channels cancel each other: used channel {best + 1} of {sound.channels}", AudioWarning, stacklevel=3)
+        sound.seek(0)
+        return _mixed_down(sound, where, channel=best)
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     got, declared = len(samples) / sound.samplerate, _declared_seconds(sound)
     if got < (1.0 - MISSING_SHARE) * declared - MISSING_SECONDS:
@@ -164,6 +181,17 @@ def _require_usable(samples: np.ndarray, rate: int, where: str) -> None:
         )
 
 
+def _at_full_scale(samples: np.ndarray, where: str) -> np.ndarray:
+    """The samples, divided by their peak where they are integers written as floats."""
+    loud = np.abs(samples)
+    if (peak := float(loud.max())) > INTEGERS:
+        warnings.warn(f"{where}: its samples reach {peak:.0f}, expected 1 at most: divided by that", AudioWarning, stacklevel=3)
+        return samples / np.float32(peak)
+    if (clipped := float((loud >= 0.999).mean())) > CLIPPED:
+        warnings.warn(f"{where}: {clipped:.0%} of its samples are clipped: record it with less gain", AudioWarning, stacklevel=3)
+    return samples
+
+
 def _decode_by_ffmpeg(source: str | Path | bytes, where: str, start: bytes, error: Exception) -> tuple[np.ndarray, int]:
     """(mono samples [N], their rate): ffmpeg only unpacks, so that mixing and resampling are the same for all formats."""
     program = shutil.which("ffmpeg")
@@ -176,23 +204,8 @@ def _decode_by_ffmpeg(source: str | Path | bytes, where: str, start: bytes, erro
         else:
             packed = Path(source).absolute()
         # -xerror: half a file is an error here too. The whitelist: a playlist in disguise must not reach the network.
-        command = [
-            program,
-            "-nostdin",
-            "-v",
-            "error",
-            "-xerror",
-            "-protocol_whitelist",
-            "file,pipe",
-            "-i",
-            f"file:{packed}",
-            "-vn",
-            "-c:a",
-            "pcm_f32le",
-            "-rf64",
-            "auto",
-            f"file:{unpacked}",
-        ]
+        before, after = "-nostdin -v error -xerror -protocol_whitelist file,pipe -i", "-vn -c:a pcm_f32le -rf64 auto"
+        command = [program, *before.split(), f"file:{packed}", *after.split(), f"file:{unpacked}"]
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode:
             why = _one_line(done.stderr.decode(errors="replace")) or f"exit status {done.returncode}"
@@ -208,18 +221,8 @@ def _duration_by_ffprobe(path: Path, start: bytes, error: Exception) -> float:
     program = shutil.which("ffprobe")
     if program is None:
         raise _not_decodable(str(path), start, error)
-    command = [
-        program,
-        "-v",
-        "error",
-        "-protocol_whitelist",
-        "file,pipe",
-        "-show_entries",
-        "format=duration",
-        "-of",
-        "csv=p=0",
-        f"file:{path.absolute()}",
-    ]
+    options = "-v error -protocol_whitelist file,pipe -show_entries format=duration -of csv=p=0"
+    command = [program, *options.split(), f"file:{path.absolute()}"]
     done = subprocess.run(command, capture_output=True, check=False, text=True, errors="replace")
     try:
         return float(done.stdout)
