@@ -8,8 +8,8 @@ from pathlib import Path
 import harness
 import numpy as np
 
-from duolect.audio.io import read_audio
 from duolect.data.sources import read_manifest
+from duolect.data.utterance import load_audio
 from duolect.models.ctc import load_acoustic_model
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     harness.use_threads(args.threads)
     found = [u for u in read_manifest(args.manifest).utterances if u.seconds and u.seconds <= args.max_seconds]
     chosen = sorted(found, key=lambda u: -(u.seconds or 0.0))[: args.utterances]
-    output = load_acoustic_model(args.model).log_probs_of([read_audio(u.audio) for u in chosen])
+    output = load_acoustic_model(args.model).log_probs_of([load_audio(u) for u in chosen])
     np.savez(args.out, log_probs=output.log_probs.numpy(), lengths=output.lengths.numpy())
     print(f"{args.out}: {len(chosen)} utterances of {args.manifest}, log_probs {tuple(output.log_probs.shape)}")
 

@@ -11,7 +11,7 @@ import soundfile
 
 from duolect.audio.io import AudioError, read_audio
 from duolect.data.sources import SourceError, open_source, read_folder, read_librispeech, read_manifest
-from duolect.data.utterance import Problem
+from duolect.data.utterance import Problem, load_audio, stored_bytes
 
 
 def sound(path: Path, *, seconds: float = 0.5) -> Path:
@@ -69,6 +69,11 @@ BAD_LINES: dict[str, tuple[dict[str, Any] | str | bytes, str]] = {
     "text list": ({"audio_filepath": "a.wav", "text": ["word"] * 1000}, r"text is \['word'.*\.\.\., expected a string"),
     "id list": ({"audio_filepath": "a.wav", "id": []}, r"id is \[\], expected a string"),
     "id empty": ({"audio_filepath": "a.wav", "id": ""}, "id is '', expected a string"),
+    "span text": ({"audio_filepath": "a.wav", "audio_bytes": "0-9"}, r"audio_bytes is '0-9', expected \[offset, size\] in bytes"),
+    "span short": ({"audio_filepath": "a.wav", "audio_bytes": [512]}, "audio_bytes is"),
+    "span of nothing": ({"audio_filepath": "a.wav", "audio_bytes": [0, 0]}, "audio_bytes is"),
+    "span backwards": ({"audio_filepath": "a.wav", "audio_bytes": [-1, 10]}, "audio_bytes is"),
+    "span float": ({"audio_filepath": "a.wav", "audio_bytes": [0.5, 10]}, "audio_bytes is"),
     "segment": ({"audio_filepath": "a.wav", "offset": 3.5, "duration": 1}, "offset is 3.5, and segments .* not supported: cut"),
     "same id": ({"audio_filepath": "a.wav", "id": "first"}, r"id 'first' was used before, in .*manifest.jsonl:1: give each line an id"),
     "latin-1": (b'{"audio_filepath": "a.wav", "text": "\xe4"}', "is not UTF-8"),
@@ -111,6 +116,26 @@ def test_manifest_through_a_linked_folder(tmp_path: Path) -> None:
     manifest(tmp_path / "real", {"audio_filepath": "a.wav"}, {"audio_filepath": "../real/a.wav", "id": "back"})
     (tmp_path / "alias").symlink_to(tmp_path / "real")
     assert len(read_manifest(tmp_path / "alias" / "manifest.jsonl").utterances) == 2
+
+
+def test_audio_inside_a_file(tmp_path: Path) -> None:
+    one, two = sound(tmp_path / "one.wav"), sound(tmp_path / "two.flac", seconds=0.7)
+    start, size = one.stat().st_size, two.stat().st_size
+    (tmp_path / "both.bin").write_bytes(one.read_bytes() + two.read_bytes())
+    spans: list[Any] = [[0, start], [start, size], [start, size + 1], [2**80, 1], [0, 2**80]]
+    source = read_manifest(manifest(tmp_path, *({"audio_filepath": "both.bin", "audio_bytes": span} for span in spans[:2])))
+    assert [utterance.id for utterance in source.utterances] == ["both:0", f"both:{start}"]
+    for utterance, path in zip(source.utterances, (one, two), strict=True):
+        np.testing.assert_array_equal(load_audio(utterance), read_audio(path))
+        assert stored_bytes(utterance) == path.read_bytes()
+    lines = [{"audio_filepath": "both.bin", "audio_bytes": span, "id": "x"} for span in spans[2:]]
+    for line in (*lines, {"audio_filepath": "none.bin", "audio_bytes": [0, 1], "id": "x"}):
+        utterance = read_manifest(manifest(tmp_path, line)).utterances[0]
+        with pytest.raises(AudioError, match=r"cut off or another file|No such file"):
+            load_audio(utterance)
+    whole = read_manifest(manifest(tmp_path, {"audio_filepath": "one.wav"})).utterances[0]
+    np.testing.assert_array_equal(load_audio(whole), read_audio(one))
+    assert stored_bytes(whole) == one.read_bytes()
 
 
 @pytest.mark.parametrize("lines", [(), ("{",), ({"text": "a"},)])

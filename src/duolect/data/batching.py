@@ -1,15 +1,16 @@
-"""Batches by seconds: similar lengths together, so that little of a batch is padding."""
+"""Batches by seconds: similar lengths together, so that little of a batch is padding; pure functions, so that a place is a number."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
 
-JITTER = 0.1  # how much longer or shorter an utterance counts when training batches are cut: other neighbours in each epoch, little padding
+BIN_BATCHES = 40  # how many batches the utterances are drawn for that are sorted together: more of them pad less and mix less
+JITTER = 0.02  # how much longer or shorter an utterance counts there: a corpus of less than one bin is mixed by nothing else
 
 
 def batches_by_seconds(seconds: Sequence[float], *, batch_seconds: float, batch_utterances: int | None = None) -> list[list[int]]:
@@ -24,19 +25,53 @@ def batches_by_seconds(seconds: Sequence[float], *, batch_seconds: float, batch_
 
 
 def shuffled_batches(
-    seconds: Sequence[float], *, batch_seconds: float, seed: int, epoch: int, batch_utterances: int | None = None
+    seconds: Sequence[float], *, batch_seconds: float, seed: int, epoch: int, batch_utterances: int | None = None, at_least: int = 1
 ) -> list[list[int]]:
     """Batches of an epoch of training in random order, each of similar lengths: a pure function of its arguments.
 
-    So a run resumes exactly by leaving out the batches it has seen. The bounds are those of `batches_by_seconds`.
+    So a run resumes exactly by leaving out the batches it has seen. The bounds are those of `batches_by_seconds`; a batch has at least
+    `at_least` utterances (if there are as many), even where that breaks them. The utterances are dealt into bins at random and sorted in
+    each, up and down in turn (RETURNN's "laplace"). Blurring all lengths and sorting once, which this replaces, brings 2 to 9 times as
+    many pairs of neighbours together again in the next epoch at the same padding: 25% instead of 10% at 3% padding (3 h, 60 s).
     """
     _check(seconds, batch_seconds, batch_utterances)
     # Only random() is promised to stay the same over Python versions; shuffle() is not.
     draw = random.Random(f"{seed}/{epoch}").random
-    jittered = [length * (1.0 + JITTER * (2.0 * draw() - 1.0)) for length in seconds]
-    order = sorted(range(len(seconds)), key=lambda i: -jittered[i])
-    keyed = [(draw(), batch) for batch in _cut(order, seconds, batch_seconds, batch_utterances)]
-    return [batch for _, batch in sorted(keyed)]
+    mixed = _shuffled(range(len(seconds)), draw)
+    blurred = [length * (1.0 + JITTER * (2.0 * draw() - 1.0)) for length in seconds]
+    bins = max(1, round(math.fsum(seconds) / (BIN_BATCHES * batch_seconds)))
+    order: list[int] = []
+    for n in range(bins):
+        part = mixed[n * len(mixed) // bins : (n + 1) * len(mixed) // bins]
+        order += sorted(part, key=lambda i: blurred[i], reverse=n % 2 == 0)
+    return _shuffled(_cut(order, seconds, batch_seconds, batch_utterances, at_least), draw)
+
+
+def sub_epoch(utterances: int, *, index: int, parts: int, seed: int, groups: Sequence[Hashable] | None = None) -> list[int]:
+    """The indices of sub-epoch `index` (0, 1, ... over the whole training) of epochs cut into `parts`; each epoch is cut in another way.
+
+    groups: of each utterance, the file it lies in: such files stay together, so that a sub-epoch of a large corpus reads few of them.
+    """
+    if parts < 1 or index < 0 or (groups is not None and len(groups) != utterances):
+        raise ValueError(f"sub-epoch {index} of epochs of {parts} parts: expected index >= 0, parts >= 1, and a group for each utterance")
+    epoch, part = divmod(index, parts)
+    draw = random.Random(f"{seed}/{epoch}/parts").random
+    if groups is None:
+        order = _shuffled(range(utterances), draw)
+    else:
+        members: dict[Hashable, list[int]] = {}
+        for i, group in enumerate(groups):
+            members.setdefault(group, []).append(i)
+        order = [i for group in _shuffled(list(members.values()), draw) for i in group]
+    return sorted(order[part * utterances // parts : (part + 1) * utterances // parts])
+
+
+def dealt(batch: Sequence[T], *, parts: int) -> list[tuple[T, ...]]:
+    """A batch in `parts` micro-batches (processes x accumulation) whose counts differ by one at most: empty ones where it is too small.
+
+    All processes take as many steps, and an update is of the same utterances however many processes share it.
+    """
+    return [tuple(batch[part::parts]) for part in range(parts)]
 
 
 def restore_order(results: Iterable[Sequence[T]], *, batches: Sequence[Sequence[int]]) -> list[T]:
@@ -57,18 +92,28 @@ def padding_share(seconds: Sequence[float], *, batches: Sequence[Sequence[int]])
     return padding / padded if padded > 0 else 0.0
 
 
-def _cut(order: Sequence[int], seconds: Sequence[float], batch_seconds: float, batch_utterances: int | None) -> list[list[int]]:
-    """The order cut, greedily, where the next index would break a bound."""
+def _shuffled(values: Sequence[T], draw: Callable[[], float]) -> list[T]:
+    keys = [draw() for _ in values]
+    return [values[i] for i in sorted(range(len(values)), key=keys.__getitem__)]
+
+
+def _cut(
+    order: Sequence[int], seconds: Sequence[float], batch_seconds: float, batch_utterances: int | None, at_least: int = 1
+) -> list[list[int]]:
+    """The order cut, greedily, where the next index would break a bound; a rest of less than at_least joins the batch before it."""
     batches: list[list[int]] = []
     longest = 0.0
     for i in order:
         batch = batches[-1] if batches else []
         longest = max(longest, seconds[i])
-        if batch and longest * (len(batch) + 1) <= batch_seconds and len(batch) != batch_utterances:
+        fits = longest * (len(batch) + 1) <= batch_seconds and len(batch) != batch_utterances
+        if batch and (fits or len(batch) < at_least):
             batch.append(i)
         else:
             batches.append([i])
             longest = seconds[i]
+    if len(batches) > 1 and len(batches[-1]) < at_least:
+        batches[-2:] = [batches[-2] + batches[-1]]
     return batches
 
 

@@ -8,7 +8,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from duolect.audio.io import AudioError, duration_of
@@ -56,8 +58,9 @@ def open_source(path: str | Path) -> Source:
 def read_manifest(path: str | Path) -> Source:
     """The utterances of a JSONL manifest {"id"?, "audio_filepath", "duration"? (seconds), "text"?, ...}; unknown fields are kept.
 
-    Relative paths start at the manifest's folder and must not leave it, absolute ones are taken as they are. A missing id is the file's
-    name without suffix, or its path where that name occurs twice. Raises SourceError if no line is usable.
+    "audio_bytes"? [offset, size]: the audio file lies there inside of audio_filepath, which may be any container (a tar, a zip). Relative
+    paths start at the manifest's folder and must not leave it, absolute ones are taken as they are. A missing id is the file's name
+    without suffix, or its path where that name occurs twice. Raises SourceError if no line is usable.
     """
     path = Path(path)
     folder = path.parent.resolve()
@@ -71,16 +74,21 @@ def read_manifest(path: str | Path) -> Source:
     stems = Counter(Path(line["audio_filepath"]).stem for _, line in lines if line.get("id") is None)
     utterances: dict[str, Utterance] = {}
     places: dict[str, str] = {}
+    files: dict[str, Path] = {}
     for where, line in lines:
-        name = Path(line["audio_filepath"])
+        name = line["audio_filepath"]
+        audio = files.get(name) or files.setdefault(name, path.parent / name)
+        span = line.get("audio_bytes")
         if line.get("id") is None:
-            line = {**line, "id": name.stem if stems[name.stem] == 1 else name.with_suffix("").as_posix()}
+            name = Path(name)
+            unique = name.stem if stems[name.stem] == 1 else name.with_suffix("").as_posix()
+            line = {**line, "id": unique if span is None else f"{unique}:{span[0]}"}
         id = str(line["id"])
         if id in utterances:
             problems.append(Problem(where, f"id {id!r} was used before, in {places[id]}: give each line an id of its own"))
             continue
         places[id] = where
-        utterances[id] = Utterance(id, path.parent / name, line.get("duration"), line.get("text"), line)
+        utterances[id] = Utterance(id, audio, line.get("duration"), line.get("text"), line, span and (span[0], span[1]))
     if not utterances:
         example = '{"audio_filepath": "a.wav", "text": "..."}'
         raise SourceError(f"{path}: no usable line: expected one JSON object a line, such as {example}{_first(problems)}")
@@ -143,8 +151,9 @@ def _checked(line: str, folder: Path) -> dict[str, Any]:
     if "\ufffd" in line:
         raise ValueError("is not UTF-8: save the manifest as UTF-8")
     try:
-        fields = json.loads(line)
-        json.dumps(fields, ensure_ascii=False).encode()  # "\\ud800" alone can be read and could never be written again
+        fields = _DECODER.decode(line)
+        if "\\u" in line:
+            json.dumps(fields, ensure_ascii=False).encode()  # "\\ud800" alone can be read and could never be written again
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({error}): expected one JSON object on the line; correct or remove it") from None
     if not isinstance(fields, dict):
@@ -152,22 +161,38 @@ def _checked(line: str, folder: Path) -> dict[str, Any]:
     audio = fields.get("audio_filepath")
     if audio is None:
         raise ValueError("audio_filepath is missing: name the audio file, or remove the line")
-    if not isinstance(audio, str) or not audio.strip() or "\0" in audio or Path(audio).name in ("", ".."):
+    if not isinstance(audio, str):
         raise ValueError(f"audio_filepath is {_shown(audio)}, expected the path of a file: correct it")
+    if problem := _path_problem(audio, folder):
+        raise ValueError(problem)
     _check_values(fields)
-    if not os.path.isabs(audio) and not Path(os.path.realpath(folder / audio)).is_relative_to(folder):
-        raise ValueError(f"audio_filepath {_shown(audio)} leaves {folder}, the manifest's folder: move it there, or write an absolute path")
     return fields
 
 
+@lru_cache(maxsize=4096)  # the lines of a shard follow each other, and asking the file system takes 50 times as long as reading a line
+def _path_problem(audio: str, folder: Path) -> str | None:
+    """What is wrong with a manifest's audio_filepath, None if nothing is."""
+    if not audio.strip() or "\0" in audio or Path(audio).name in ("", ".."):
+        return f"audio_filepath is {_shown(audio)}, expected the path of a file: correct it"
+    if not os.path.isabs(audio) and not Path(os.path.realpath(folder / audio)).is_relative_to(folder):
+        return f"audio_filepath {_shown(audio)} leaves {folder}, the manifest's folder: move it there, or write an absolute path"
+    return None
+
+
+# The keys are the same strings in every line: a third of a large manifest's memory.
+_DECODER = json.JSONDecoder(object_pairs_hook=lambda pairs: {intern(key): value for key, value in pairs})
+
+
 def _check_values(fields: dict[str, Any]) -> None:
-    id, text, seconds, offset = (fields.get(key) for key in ("id", "text", "duration", "offset"))
+    id, text, seconds, span, offset = (fields.get(key) for key in ("id", "text", "duration", "audio_bytes", "offset"))
     if id is not None and (isinstance(id, bool) or not isinstance(id, (str, int)) or id == ""):
         raise ValueError(f"id is {_shown(id)}, expected a string: correct it, or leave it out to have one made from the file's name")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text is {_shown(text)}, expected a string: correct it, or leave it out if there is no transcript")
     if seconds is not None and not (_is_number(seconds) and 0 < seconds < math.inf):
         raise ValueError(f"duration is {_shown(seconds)}, expected seconds > 0: correct it, or leave it out")
+    if span is not None and not (isinstance(span, list) and len(span) == 2 and _is_count(span[0]) and _is_count(span[1]) and span[1] > 0):
+        raise ValueError(f"audio_bytes is {_shown(span)}, expected [offset, size] in bytes: correct it, or leave it out for a whole file")
     if offset is not None and offset != 0:
         raise ValueError(f"offset is {_shown(offset)}, and segments of files are not supported: cut it into a file of its own")
 
@@ -182,6 +207,10 @@ def _shown(value: object) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _files_below(path: Path) -> list[Path]:
