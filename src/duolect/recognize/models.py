@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import huggingface_hub
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from duolect.models import ModelError
 from duolect.models.aed import WhisperAed
 from duolect.models.ctc import AcousticModel, CtcOutput, load_acoustic_model
-from duolect.models.embedded import resolve
+from duolect.models.embedded import MODELS, SHIPPED_MODELS, resolve
 from duolect.models.lm import HFCausalLM
 from duolect.vocabulary import Vocabulary
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "float16"]
 PRIORS_FILE = "priors.json"
+KINDS = {
+    "acoustic": ("a CTC acoustic model", "duolect-ctc"),
+    "language": ("a causal language model", "smollm2-135m, duolect-unit-lm"),
+    "attention": ("an attention encoder-decoder", "whisper-base, whisper-tiny.en"),
+}
+"""What models are asked for as: in words, and the embedded ones."""
+HUB_SECONDS = 5.0
+"""A hub that does not answer by then is taken for unreachable; its client would try again for minutes."""
 
 
 class PriorError(ValueError):
@@ -40,7 +53,7 @@ class Models:
         """The CTC model of that name."""
 
         def load() -> AcousticModel:
-            model = load_acoustic_model(name)
+            model = load_acoustic_model(place_of(name, "acoustic"))
             model.place(self.device)
             return model
 
@@ -48,13 +61,13 @@ class Models:
 
     def language(self, name: str, *, prompt: str = "") -> HFCausalLM:
         """The causal language model of that name, with a prompt before every text."""
-        return self._once(
-            ("language", name, prompt), lambda: HFCausalLM.load(resolve(name), dtype=self.precision, device=self.device, prompt=prompt)
-        )
+        options: dict[str, Any] = {"dtype": self.precision, "device": self.device, "prompt": prompt}
+        return self._once(("language", name, prompt), lambda: HFCausalLM.load(place_of(name, "language"), **options))
 
     def attention(self, name: str) -> WhisperAed:
         """The attention encoder-decoder of that name."""
-        return self._once(("attention", name), lambda: WhisperAed.load(resolve(name), dtype=self.precision, device=self.device))
+        options: dict[str, Any] = {"dtype": self.precision, "device": self.device}
+        return self._once(("attention", name), lambda: WhisperAed.load(place_of(name, "attention"), **options))
 
     def prior(self, acoustic: str, kind: str) -> Tensor:
         """[V] log-prior of the labels of an acoustic model, as `duolect prior` stored it in the model's folder."""
@@ -70,6 +83,49 @@ class Models:
             self.say(f"loading {key[0]} model {key[1]}" if key[0] != "prior" else f"reading {key[2]} prior of {key[1]}")
             self._loaded[key] = load()
         return self._loaded[key]
+
+
+def place_of(name: str, kind: str) -> str:
+    """The folder or hub id of a model of a kind (see KINDS), pulled if need be. Raises ModelError for what is none or out of reach."""
+    named = [*SHIPPED_MODELS, *MODELS]
+    if name not in named and not Path(name).exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            near = difflib.get_close_matches(name, named, n=1)
+            guess = f" did you mean {near[0]}?" if near else ""
+            raise ModelError(
+                f"{name}: is no embedded model ({', '.join(named)}), no folder and no hub id (owner/name):{guess} correct the name"
+            )
+        _require_hub(name)
+    what, embedded = KINDS[kind]
+    found = next((k for k, (_, names) in KINDS.items() if name in names.split(", ")), None) or _kind(resolve(name))
+    if found not in (kind, None):
+        raise ModelError(f"{name}: is {KINDS[found][0]}, expected {what}: name {embedded}, or a folder or hub id of one")
+    return resolve(name)
+
+
+def _kind(place: str) -> str | None:
+    """What a folder's or hub id's config.json says the model is; None where it says nothing of use, and loading will tell."""
+    try:
+        config, _ = PretrainedConfig.get_config_dict(place)
+    except (OSError, ValueError):
+        return None
+    heads = " ".join(config.get("architectures") or ())
+    if config.get("type") == "ctc" or "ForCTC" in heads:
+        return "acoustic"
+    if config.get("is_encoder_decoder") or config.get("model_type") == "whisper":
+        return "attention"
+    return "language" if "ForCausalLM" in heads or "LMHead" in heads else None
+
+
+def _require_hub(name: str) -> None:
+    """Raises ModelError unless the hub, or its cache on this machine, has a model."""
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
+    except Exception as error:  # of the hub, or of whichever HTTP client it uses
+        if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            cause = " ".join(str(error).split())[:120]
+            raise ModelError(f"{name}: no folder here, and the hub does not give it ({cause}): check name and network") from error
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # what is cached then loads at once
 
 
 def read_prior(folder: Path, kind: str, vocabulary: Vocabulary) -> Tensor:
