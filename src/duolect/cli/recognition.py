@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from duolect.cli.checks import at_least, corpus_name, writable
+
 if TYPE_CHECKING:
     from duolect.data.sources import Source
+    from duolect.recognize.files import Format
     from duolect.recognize.presets import Ingredients
     from duolect.recognize.recognizer import Recognizer
+    from duolect.scorer import Recognized
 
 
 DEMO = Path(__file__).parents[1] / "embedded" / "demo"
@@ -58,7 +63,9 @@ def transcribe(
     format: Literal["txt", "json", "srt", "vtt", "ctm"] = "txt",
     out: Path | None = None,
 ) -> int:
-    """Transcribes audio files and folders.
+    """Transcribes audio files and folders; with --out, a file that is there by the same settings is not made again.
+
+    Example: duolect transcribe recordings/ --out texts/ --format srt
 
     Args:
         files: Audio files, folders of them, or manifests.
@@ -68,31 +75,44 @@ def transcribe(
         format: What is written: plain text, or with word times and confidences.
         out: Folder for one file per recording; without it everything goes to standard output.
     """
-    from duolect.recognize.files import written
+    from duolect.recognize.files import Transcripts, settings_of, written
 
     if not files:
         raise ValueError("name at least one audio file, folder or manifest")
-    recognizer = _recognizer(models, {"it": decoding}, word_times=format != "txt")
+    writable("--out", out, folder=True)
     failures: list[str] = []
-    taken: set[Path] = set()
-    for path in files:
-        source = _source(path, failures)
-        if source is None:
-            continue
-        found = {r.id: r for results in recognizer.recognize(source.utterances, progress=sys.stderr.isatty()) for r in results.values()}
-        for result in (found[u.id] for u in source.utterances):
-            if result.error is not None:
-                failures.append(f"{result.fields.get('audio_filepath', result.id)}: {result.error}")
-                continue
-            text = written(result, format)
-            if out is None:
-                many = len(files) > 1 or len(source.utterances) > 1
-                print(f"{result.id}\t{text}" if many and format == "txt" else text, end="", flush=True)
-            else:
-                target = _free(out / f"{_file_name(result.id)}.{format}", taken)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(text, encoding="utf-8")
-    return _report(failures)
+    sources = [source for path in files if (source := _source(path, failures))]
+    if not (count := sum(len(source.utterances) for source in sources)):
+        return _report(failures)
+    if out is None and count > 1 and format in ("srt", "vtt"):
+        raise ValueError(f"{count} recordings in one {format} file would be none: name a folder for a file each with --out")
+    recognizer = _recognizer(models, {"it": decoding}, word_times=format != "txt")
+    folder = Transcripts.open(out, {**settings_of(recognizer, "it"), "format": format}) if out is not None else None
+    taken: set[str] = set()
+    lines: list[Recognized] = []
+    for source in sources:
+        targets = {u.id: _free(f"{_file_name(u.id)}.{format}", taken) for u in source.utterances}
+        todo = {u.id: u for u in source.utterances if folder is None or not folder.has(targets[u.id], u.audio)}
+        if len(todo) < len(targets):
+            print(f"{len(targets) - len(todo)} of {len(targets)} transcripts are in {out} already", file=sys.stderr)
+        found: dict[str, Recognized] = {}
+        for results in recognizer.recognize(list(todo.values()), progress=sys.stderr.isatty()):
+            found[results["it"].id] = result = results["it"]
+            if folder is not None and result.error is None:
+                folder.write(targets[result.id], todo[result.id].audio, written(result, format))
+        for result in (found[id] for id in todo):
+            lines.append(result)
+            if folder is None and result.error is None:
+                print(_printed(result, format, many=len(files) > 1 or count > 1), end="", flush=True)
+    return _report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
+
+
+def _printed(result: Recognized, format: Format, *, many: bool) -> str:
+    from duolect.recognize.files import written
+
+    if many and format == "json":  # one object a line, as in a hypotheses file
+        return json.dumps(result.to_json(), ensure_ascii=False) + "\n"
+    return ("" if format != "txt" or not many else f"{result.id}\t") + written(result, format)
 
 
 def decode(
@@ -106,6 +126,8 @@ def decode(
 ) -> int:
     """Recognizes a corpus into a hypotheses file (JSON lines with n-best lists and every scorer's part); continues a killed run.
 
+    Example: duolect decode --data dev/manifest.jsonl --out ctc.jsonl --decoding ctc --nbest 64
+
     Args:
         data: Manifest, folder, LibriSpeech tree or audio file.
         out: The hypotheses file.
@@ -116,17 +138,19 @@ def decode(
         keep: At most so many hypotheses a line.
         words: Also times and confidences of the words.
     """
-    from duolect.recognize.files import decode_to_file
+    from duolect.recognize.files import decode_to_files
 
+    at_least(1, keep=keep)
+    writable("--out", out)
     failures: list[str] = []
     source = _source(data, failures)
     if source is None:
         return _report(failures)
-    recognizer = _recognizer(models, {"it": decoding}, overrides=_pairs(set), word_times=words)
-    lines = decode_to_file(recognizer, "it", source.utterances, out, keep=keep)
-    failures += [f"{r.id}: {r.error}" for r in lines if r.error is not None]
+    warn = [u.fields for u in source.utterances]
+    recognizer = _recognizer(models, {"it": decoding}, overrides=_pairs(set), word_times=words, warn=warn)
+    lines = decode_to_files(recognizer, source.utterances, {"it": out}, keep=keep)["it"]
     _say_score(lines, data)
-    return _report(failures)
+    return _report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
 
 
 def rescore(
@@ -135,55 +159,73 @@ def rescore(
     lm: str = "smollm2-135m",
     name: str = "llm",
     scale: float | None = None,
+    scales: Path | None = None,
     prompt: str = "",
     batch: int = 8,
     device: str = "auto",
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> int:
-    """Adds a language model's score to every hypothesis of a hypotheses file, and ranks anew if a scale is given.
+    """Adds a language model's score to every hypothesis of a hypotheses file, and ranks anew if scales are given.
+
+    Example: duolect rescore --hypotheses ctc.jsonl --out llm.jsonl --lm smollm2-135m
 
     Args:
         hypotheses: A file from `duolect decode`.
         out: The file to write.
         lm: Language model; one in the hypotheses' own labels is recognized by its vocabulary, any other scores the text.
         name: What the new part is called.
-        scale: Its scale; without one only the part is added, for `duolect tune`.
+        scale: Its scale, the others' being 1; without --scale and --scales only the part is added, for `duolect tune`.
+        scales: A scales file of `duolect tune`: ranks by all its scales.
         prompt: Text read before every transcript.
         batch: Utterances scored at once.
         device: auto, cpu, cuda, ...
         precision: Of the language model.
     """
-    from dataclasses import replace
-
     from tqdm import tqdm
 
     from duolect.recognize.models import Models
     from duolect.scorer import read_hypotheses, write_hypotheses
     from duolect.search.rescore import labels_for, ranked, rescored
 
+    at_least(1, batch=batch)
+    writable("--out", out)
     lines = list(read_hypotheses(hypotheses))
-    scorer = Models(device=_device(device), precision=precision).language(lm, prompt=prompt)
-    if any(name in h.parts for line in lines for h in line.nbest):
+    parts = {part for line in lines for h in line.nbest for part in h.parts}
+    if name in parts:
         raise ValueError(f"{hypotheses}: the hypotheses have a part {name!r} already: choose another --name")
-    if batch < 1:
-        raise ValueError(f"--batch {batch}: at least 1 utterance has to be scored at once")
+    weights = _weights(name, scale, scales, parts, lines)
+    scorer = Models(device=_device(device), precision=precision).language(lm, prompt=prompt)
     labels = labels_for(scorer.vocabulary, [h for line in lines for h in line.nbest], begun=bool(prompt.strip()))
     done = []
     for start in tqdm(range(0, len(lines), batch), unit="batch", disable=not sys.stderr.isatty()):
         part = lines[start : start + batch]
         lists = rescored([line.nbest for line in part], name=name, scorer=scorer, labels=labels)
         done += [replace(line, nbest=tuple(found)) for line, found in zip(part, lists, strict=True)]
-    if scale is not None:
-        names = {p for line in done for h in line.nbest for p in h.parts} - {name}
-        scales = {**dict.fromkeys(names, 1.0), name: scale}
-        if len(names) > 1:
-            print(
-                f"ranking with scale 1 for {', '.join(sorted(names))}; tune them together for better: duolect tune {out}", file=sys.stderr
-            )
-        done = [replace(line, nbest=tuple(ranked(line.nbest, scales))) for line in done]
+    if weights:
+        done = [replace(line, nbest=tuple(ranked(line.nbest, weights))) for line in done]
     write_hypotheses(out, done)
     _say_score(done, hypotheses)
     return 0
+
+
+def _weights(name: str, scale: float | None, file: Path | None, parts: set[str], lines: Sequence[Recognized]) -> Mapping[str, float]:
+    """The scales to rank by: of a file, or 1 and that of the new part; none where none was given."""
+    from duolect.evaluate.tune import read_scales, same_corpus_warning
+
+    if file is None:
+        if scale is not None and len(parts) > 1:
+            print(f"ranking with scale 1 for {', '.join(sorted(parts))}; `duolect tune` finds better ones for --scales", file=sys.stderr)
+        return {} if scale is None else {**dict.fromkeys(parts, 1.0), name: scale}
+    if scale is not None:
+        raise ValueError(f"--scale {scale} and --scales {file}: name one of the two")
+    tuned = read_scales(file)
+    if missing := tuned.scales.keys() - parts - {name}:
+        raise ValueError(
+            f"{file}: has a scale for {', '.join(missing)}, the hypotheses only {', '.join(sorted(parts))}: rescore them first"
+        )
+    if warning := same_corpus_warning(tuned, references={line.id: str(line.fields.get("text", "")) for line in lines}):
+        print(f"warning: {file.name}: {warning}", file=sys.stderr)
+    return tuned.scales
 
 
 def compare(
@@ -194,10 +236,12 @@ def compare(
     normalizer: Literal["none", "basic", "whisper-english"] = "whisper-english",
     limit: int | None = None,
 ) -> int:
-    """Several decodings of one corpus side by side: WER with interval, errors by kind, speed, difference to the first row.
+    """Several decodings of one corpus side by side: WER with interval, errors by kind, speed; continues a killed run.
+
+    Example: duolect compare --data dev/manifest.jsonl --decodings ctc rescore delayed --limit 50
 
     Named decodings: ctc-greedy ctc rescore rescore-prior delayed delayed-prior word-end shortest unit-rescore labelwise labelwise-prior
-    labelwise-delayed aed-greedy aed aed+ctc-rescore aed+ctc-time aed+ctc-label; all of them by default.
+    labelwise-delayed aed-greedy aed aed+ctc-rescore aed+ctc-time aed+ctc-label; all that fit the models by default.
 
     Args:
         data: Manifest, folder or LibriSpeech tree with transcripts; default: the recordings that come with duolect.
@@ -210,10 +254,12 @@ def compare(
     from duolect.evaluate.normalize import normalizer as normalizer_of
     from duolect.evaluate.table import json_table, markdown_table, plain_table, rows
     from duolect.evaluate.wer import score_recognized
+    from duolect.recognize.files import decode_to_files
     from duolect.recognize.presets import PRESETS
     from duolect.run import environment, write_json
-    from duolect.scorer import write_hypotheses
 
+    at_least(1, limit=limit)
+    writable("--out", out, folder=True)
     failures: list[str] = []
     source = _source(data, failures)
     if source is None:
@@ -221,29 +267,38 @@ def compare(
     utterances = [u for u in source.utterances if u.text is not None][:limit]
     if not utterances:
         raise ValueError(f"{data}: no utterance has a transcript ('text'), so nothing can be compared; `duolect transcribe` needs none")
-    names = decodings or tuple(PRESETS)
-    recognizer = _recognizer(models, {name: name for name in names}, warn=[u.fields for u in utterances])
-    found: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for results in recognizer.recognize(utterances):
-        for name, result in results.items():
-            found[name][result.id] = result
-    scores, seconds, audio = {}, {}, 0.0
-    for name in names:
-        lines = [found[name][u.id] for u in utterances]
-        write_hypotheses(out / "hypotheses" / f"{_file_name(Path(name).stem if name.endswith('.json') else name)}.jsonl", lines)
-        title = PRESETS[name].title if name in PRESETS else name
-        scores[title] = score_recognized(
-            lines, normalizer=normalizer_of(normalizer), corpus=str(data.name if data.is_dir() else data.parent.name)
-        )
-        seconds[title] = sum(r.seconds for r in lines)
-        audio = max(audio, sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None))
-        failures += [f"{title}: {r.id}: {r.error}" for r in lines if r.error is not None]
+    recognizer = _recognizer(models, {name: name for name in decodings or PRESETS}, warn=[u.fields for u in utterances])
+    misfits = {} if decodings else recognizer.misfits()
+    recognizer = replace(recognizer, decodings={name: d for name, d in recognizer.decodings.items() if name not in misfits})
+    titles = {name: PRESETS[name].title if name in PRESETS else name for name in (*recognizer.decodings, *misfits)}
+    notes = [f"left out: {titles[name]}: {why}" for name, why in misfits.items()]
+    for note in notes:
+        recognizer.models.say(note)
+    taken: set[str] = set()
+    stems = {name: _file_name(Path(name).stem if name.endswith(".json") else name) for name in recognizer.decodings}
+    files = {name: out / "hypotheses" / _free(f"{stem}.jsonl", taken) for name, stem in stems.items()}
+    found = decode_to_files(recognizer, utterances, files)
+    scoring: Any = {"normalizer": normalizer_of(normalizer), "corpus": corpus_name(data)}
+    scores = {titles[name]: score_recognized(lines, **scoring) for name, lines in found.items()}
+    seconds = {titles[name]: sum(r.seconds for r in lines) for name, lines in found.items()}
+    audio = max(sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None) for lines in found.values())
     table = rows(scores, seconds=seconds, audio_seconds=audio)
-    print(plain_table(table))
-    (out / "table.md").write_text(markdown_table(table) + "\n", encoding="utf-8")
-    write_json(out / "table.json", {"table": json_table(table), "env": environment(device=recognizer.models.device, seed=0)})
+    print("\n".join([plain_table(table), *notes]))
+    (out / "table.md").write_text(markdown_table(table) + "".join(f"- {note}\n" for note in notes), encoding="utf-8")
+    env = environment(device=recognizer.models.device, seed=0)
+    write_json(out / "table.json", {"table": json_table(table), "left_out": misfits, "env": env})
     print(f"\nwritten: {out / 'table.md'}, {out / 'table.json'}, {out / 'hypotheses'}/", file=sys.stderr)
-    return _report(failures)
+    return _report([*failures, *_failed(found, titles)], [r for lines in found.values() for r in lines])
+
+
+def _failed(found: Mapping[str, Sequence[Recognized]], titles: Mapping[str, str]) -> list[str]:
+    """A line per utterance and cause; it names the decodings where it is not all of them."""
+    which: dict[str, list[str]] = {}
+    for name, lines in found.items():
+        for r in lines:
+            if r.error is not None:
+                which.setdefault(f"{r.id}: {r.error}", []).append(titles[name])
+    return [cause if len(failed) == len(found) else f"{', '.join(failed)}: {cause}" for cause, failed in which.items()]
 
 
 def _recognizer(
@@ -268,16 +323,13 @@ def _recognizer(
 
 def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
     """The name of a decoding, `auto` replaced: both language models where the unit LM speaks the acoustic model's units."""
-    from duolect.models.embedded import resolve
+    from duolect.recognize.models import place_of
     from duolect.vocabulary import VocabularyError, load_vocabulary
 
     if decoding != "auto":
         return decoding
-    place = Path(resolve(options.unit_lm))
-    if not place.exists():
-        raise ValueError(f"--unit-lm {options.unit_lm}: is no embedded model and no folder; see `duolect models list`")
     try:
-        same = load_vocabulary(place).digest() == models.acoustic(options.am).vocabulary.digest()
+        same = load_vocabulary(place_of(options.unit_lm, "language")).digest() == models.acoustic(options.am).vocabulary.digest()
     except VocabularyError:
         same = False
     return "labelwise-delayed" if same else "delayed"
@@ -358,13 +410,13 @@ def _file_name(id: str) -> str:
     return re.sub(r"[^\w.\- ]+", "_", id).lstrip(".") or "_"
 
 
-def _free(path: Path, taken: set[Path]) -> Path:
-    """The path, numbered where this run has written one of that name already."""
-    free, number = path, 2
-    while free in taken:
-        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
-    taken.add(free)
-    return free
+def _free(name: str, taken: set[str]) -> str:
+    """The file's name, numbered where this run has given it away already."""
+    free, number = Path(name), 2
+    while str(free) in taken:
+        free, number = free.with_stem(f"{Path(name).stem}-{number}"), number + 1
+    taken.add(str(free))
+    return str(free)
 
 
 def _pairs(assignments: Sequence[str]) -> dict[str, str]:
@@ -379,12 +431,13 @@ def _say_score(lines: Sequence[Any], data: Path) -> None:
     from duolect.evaluate.wer import score_recognized
 
     if lines and all(isinstance(r.fields.get("text"), str) for r in lines):
-        print(score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=data.parent.name), file=sys.stderr)
+        print(score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=corpus_name(data)), file=sys.stderr)
 
 
-def _report(failures: Sequence[str]) -> int:
+def _report(failures: Sequence[str], lines: Sequence[Recognized] = ()) -> int:
+    """Exit code 1 if there are failures, which are listed; so are the warnings that lines of results carry."""
+    for warning in dict.fromkeys(str(r.fields["warning"]) for r in lines if "warning" in r.fields):
+        print(f"warning: {warning}", file=sys.stderr)
     if failures:
-        print(f"\n{len(failures)} failed:", file=sys.stderr)
-        for line in failures:
-            print(f"  {line}", file=sys.stderr)
+        print(f"\n{len(failures)} failed:", *failures, sep="\n  ", file=sys.stderr)
     return 1 if failures else 0

@@ -1,10 +1,11 @@
-"""Results on disk: a hypotheses file that a killed run goes on with, and transcripts as txt, json, srt, vtt, ctm."""
+"""Results on disk that a killed run goes on with: hypotheses files, and transcripts as txt, json, srt, vtt, ctm."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from duolect.scorer import Recognized, read_hypotheses, write_hypotheses
 from duolect.search.align import Word
 
 Format = Literal["txt", "json", "srt", "vtt", "ctm"]
+INDEX = ".duolect.jsonl"
 LINE_SECONDS, LINE_LETTERS = 6.0, 84
 """A subtitle is at most so long in time and in letters."""
 
@@ -24,49 +26,103 @@ class ResumeError(ValueError):
     """An unfinished output belongs to another decoding."""
 
 
-def decode_to_file(
-    recognizer: Recognizer, name: str, utterances: Sequence[Utterance], out: Path, *, progress: bool = True, keep: int | None = None
-) -> list[Recognized]:
-    """Recognizes with one decoding into a hypotheses file, in the source's order; a run that was killed continues where it was.
+def decode_to_files(
+    recognizer: Recognizer, utterances: Sequence[Utterance], outs: Mapping[str, Path], *, progress: bool = True, keep: int | None = None
+) -> dict[str, list[Recognized]]:
+    """What each decoding in `outs` made of the utterances, in their order, written to its hypotheses file.
 
-    Lines are kept in `<out>.part` as they come; `<out>.part.json` says of which decoding, and ResumeError if it is another one.
-    keep: at most so many hypotheses a line.
+    A run that was killed continues where it was: lines are kept in `<out>.part` as they come; `<out>.part.json` says of which decoding,
+    and ResumeError if it is another one. keep: at most so many hypotheses a line.
     """
-    part, header = Path(f"{out}.part"), Path(f"{out}.part.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    decoding = recognizer.decodings[name]
-    settings = {"precision": recognizer.models.precision, "word_times": recognizer.word_times, "keep": keep}
-    wanted = {"acoustic": recognizer.acoustic, "decoding": to_json(decoding), "digest": digest(decoding), **settings}
-    ids = {u.id for u in utterances}
-    known = {r.id: r for r in _done(part, header, wanted) if r.id in ids and r.error is None}  # what failed is tried again
-    write_json(header, wanted)
-    if known:
-        recognizer.models.say(f"continuing {part}: {len(known)} of {len(utterances)} utterances are done")
-    write_hypotheses(part, list(known.values()))  # also drops a torn last line
-    with open(part, "a", encoding="utf-8") as lines:
-        for found in recognizer.recognize([u for u in utterances if u.id not in known], progress=progress):
-            line = found[name]
-            line = replace(line, nbest=line.nbest[:keep]) if keep else line
-            known[line.id] = line
-            lines.write(json.dumps(line.to_json(), ensure_ascii=False) + "\n")
-            lines.flush()
-    ordered = [known[u.id] for u in utterances]
-    write_hypotheses(out, ordered)
-    part.unlink()
-    header.unlink()
+    wanted = {name: {**settings_of(recognizer, name), "keep": keep} for name in outs}
+    parts = {name: Path(f"{out}.part") for name, out in outs.items()}
+    if others := [part for name, part in parts.items() if part.is_file() and part.stat().st_size and _header(part) != wanted[name]]:
+        more = f" (as are {len(others) - 1} more beside it)" if len(others) > 1 else ""
+        raise ResumeError(
+            f"{others[0]} is an unfinished run of another decoding, model or setting{more}: delete it, or name another output"
+        )
+    known = {name: _done(part, utterances) for name, part in parts.items()}
+    for name, part in parts.items():
+        write_json(f"{part}.json", wanted[name])
+        write_hypotheses(part, list(known[name].values()))  # also drops a torn last line
+    rest: dict[tuple[str, ...], list[Utterance]] = {}
+    for u in utterances:
+        rest.setdefault(tuple(name for name in outs if u.id not in known[name]), []).append(u)
+    if finished := len(rest.pop((), ())):
+        recognizer.models.say(f"continuing {next(iter(parts.values()))}: {finished} of {len(utterances)} utterances are done")
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(part, "a", encoding="utf-8")) for name, part in parts.items()}
+        for names, undone in rest.items():
+            missing = replace(recognizer, decodings={name: recognizer.decodings[name] for name in names})
+            for found in missing.recognize(undone, progress=progress):
+                for name, line in found.items():
+                    known[name][line.id] = line = replace(line, nbest=line.nbest[:keep])
+                    files[name].write(json.dumps(line.to_json(), ensure_ascii=False) + "\n")
+                    files[name].flush()
+    ordered = {name: [known[name][u.id] for u in utterances] for name in outs}
+    for name, out in outs.items():
+        write_hypotheses(out, ordered[name])
+        parts[name].unlink()
+        Path(f"{parts[name]}.json").unlink()
     return ordered
 
 
-def _done(part: Path, header: Path, wanted: Mapping[str, Any]) -> list[Recognized]:
-    if not part.is_file() or part.stat().st_size == 0:
-        return []
+def settings_of(recognizer: Recognizer, name: str) -> dict[str, Any]:
+    """All that the results of a decoding depend on beside the audio, as JSON values."""
+    decoding = recognizer.decodings[name]
+    models = {"acoustic": recognizer.acoustic, "precision": recognizer.models.precision, "word_times": recognizer.word_times}
+    return {**models, "decoding": to_json(decoding), "digest": digest(decoding)}
+
+
+def _header(part: Path) -> Any:
     try:
-        stored = json.loads(header.read_text())
+        return json.loads(Path(f"{part}.json").read_text())
     except (OSError, ValueError):
-        stored = None
-    if stored != json.loads(json.dumps(wanted)):
-        raise ResumeError(f"{part} is an unfinished run of another decoding, model or setting: delete it, or name another output")
-    return list(read_hypotheses(part))
+        return None
+
+
+def _done(part: Path, utterances: Sequence[Utterance]) -> dict[str, Recognized]:
+    """The lines of an unfinished file that are of these utterances, by id; what failed is tried again."""
+    fields = {u.id: {k: v for k, v in u.fields.items() if v is not None and k != "duration"} for u in utterances}
+    lines = read_hypotheses(part) if part.is_file() else ()
+    return {r.id: r for r in lines if r.error is None and r.id in fields and fields[r.id].items() <= r.fields.items()}
+
+
+@dataclass(frozen=True)
+class Transcripts:
+    """A folder with a file per recording that knows of which audio and settings each is, so that no file is made twice."""
+
+    folder: Path
+    settings: str
+    made: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, settings: Mapping[str, Any]) -> Transcripts:
+        """The folder, whether or not it exists; a line of its index that was torn by a kill counts for nothing."""
+        made = {}
+        with suppress(OSError), open(folder / INDEX, encoding="utf-8") as lines:
+            for line in lines:
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    made[entry["file"]] = entry
+        return cls(folder, digest(settings), made)
+
+    def has(self, name: str, audio: Path) -> bool:
+        """Whether the file is there, of this audio as it is now, by these settings."""
+        return (self.folder / name).is_file() and self.made.get(name) == self._entry(name, audio)
+
+    def write(self, name: str, audio: Path, text: str) -> None:
+        """Writes the file, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(self.folder / name)
+        with open(self.folder / INDEX, "a", encoding="utf-8") as lines:
+            lines.write("\n" * bool(lines.tell()) + json.dumps(self._entry(name, audio), ensure_ascii=False))
+
+    def _entry(self, name: str, audio: Path) -> dict[str, Any]:
+        changed = audio.stat().st_mtime_ns if audio.exists() else None
+        return {"file": name, "audio": str(audio.absolute()), "changed": changed, "settings": self.settings}
 
 
 def written(recognized: Recognized, form: Format) -> str:

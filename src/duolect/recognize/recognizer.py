@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,18 +14,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from duolect.audio.io import SAMPLE_RATE, AudioError, read_audio
+from duolect.audio.io import SAMPLE_RATE, AudioError, AudioWarning, read_audio
 from duolect.data.batching import batches_by_seconds
 from duolect.data.utterance import Utterance
 from duolect.models import ModelError
 from duolect.models.ctc import AcousticModel, CtcOutput
 from duolect.recognize.decoding import Batch, Decoding
-from duolect.recognize.models import Models
+from duolect.recognize.models import Models, PriorError
 from duolect.scorer import Hypothesis, Recognized
 from duolect.search.align import Word, align, pauses, words
+from duolect.search.fusion import SearchError, TextPolicy
+from duolect.vocabulary import VocabularyError
 
 SEGMENT_SECONDS = 28.0
 """Longer recordings are searched in segments: an AED hears 30 s at most, and a language model remembers only so much."""
+_PLAIN = TextPolicy(case="lower", punctuation="drop")
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,24 @@ class Recognizer:
                 loaded: list[tuple[Utterance, np.ndarray]] = []
                 for utterance in (utterances[i] for i in batch):
                     try:
-                        loaded.append((utterance, read_audio(utterance.audio)))
+                        loaded.append(_heard(utterance))
                     except AudioError as error:
                         yield self._failed(utterance, error)
                 yield from self._batch(loaded)
                 bar.update(min(sum(durations[i] for i in batch), max(0.0, bar.total - bar.n)))
+
+    def misfits(self) -> dict[str, str]:
+        """Why decodings cannot work with these models (no priors, a unit LM of other units), by name: each hears a tenth of a second."""
+        model, audio, found = self.models.acoustic(self.acoustic), np.zeros(SAMPLE_RATE // 10, np.float32), {}
+        batch = self._prepared([Segment(0, 0.0, audio, model.log_probs_of([audio]).log_probs[0])], model)
+        for name, decoding in self.decodings.items():
+            try:
+                for term in decoding.parts.values():
+                    term.load(self.models, self.acoustic)
+                decoding.run(batch)
+            except (PriorError, SearchError, VocabularyError) as error:
+                found[name] = " ".join(str(error).split())
+        return found
 
     def _batch(self, loaded: Sequence[tuple[Utterance, np.ndarray]]) -> Iterator[dict[str, Recognized]]:
         if not loaded:
@@ -157,21 +174,40 @@ class Recognizer:
 
 
 def timed_words(hypothesis: Hypothesis, segment: Segment, model: AcousticModel) -> list[Word]:
-    """The words of a transcript with times in the recording; empty where the segment has too few frames for it.
+    """The words of a transcript with times in the recording.
 
-    A transcript in another vocabulary (an AED's) is written in the CTC model's labels first, in lower case.
+    One in another vocabulary (an AED's) is aligned without case and punctuation, and keeps its own spelling. Where the segment has too
+    few frames for the words, they share it evenly, with confidence 0.
     """
-    vocabulary = model.vocabulary
+    vocabulary, spelled = model.vocabulary, hypothesis.text.split()
     assert vocabulary.blank is not None
     known = all(0 <= y < vocabulary.size for y in hypothesis.labels) and vocabulary.decode(hypothesis.labels) == hypothesis.text
-    labels = hypothesis.labels if known else vocabulary.encode(hypothesis.text.lower())
-    aligned = align(segment.log_probs, labels, blank=vocabulary.blank)
-    if not aligned:
-        return []
-    return [
-        Word(w.text, w.start + segment.start, w.end + segment.start, w.confidence)
-        for w in words(aligned, vocabulary=vocabulary, seconds_per_frame=model.seconds_per_frame)
-    ]
+    plain = spelled if known else [_PLAIN(word, first=False) for word in spelled]
+    labels = hypothesis.labels if known else vocabulary.encode(" ".join(filter(None, plain)))
+    aligned, found = align(segment.log_probs, labels, blank=vocabulary.blank), list[Word]()
+    if aligned is None:
+        share = segment.seconds / max(1, len(spelled))
+        found = [Word(word, i * share, (i + 1) * share, 0.0) for i, word in enumerate(spelled)]
+    elif known:
+        found = words(aligned, vocabulary=vocabulary, seconds_per_frame=model.seconds_per_frame)
+    else:
+        ends = [len(vocabulary.encode(" ".join(filter(None, plain[: i + 1])))) for i in range(len(plain))]
+        for text, start, end in zip(spelled, [0, *ends], ends, strict=False):
+            timed = words(aligned[start:end], vocabulary=vocabulary, seconds_per_frame=model.seconds_per_frame)
+            # A dash alone, or letters that the CTC model does not have, belong to the moment where the word before them ends.
+            now = found[-1].end if found else 0.0
+            found.append(Word(text, timed[0].start, timed[-1].end, timed[0].confidence) if timed else Word(text, now, now, 0.0))
+    return [Word(w.text, w.start + segment.start, w.end + segment.start, w.confidence) for w in found]
+
+
+def _heard(utterance: Utterance) -> tuple[Utterance, np.ndarray]:
+    """The utterance and its samples; what its audio suffers from becomes its field `warning`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        audio = read_audio(utterance.audio)
+    if said := "; ".join(str(w.message) for w in caught if issubclass(w.category, AudioWarning)):
+        utterance = replace(utterance, fields={**utterance.fields, "warning": said})
+    return utterance, audio
 
 
 def _segments(owner: int, audio: np.ndarray, log_probs: Tensor, model: AcousticModel) -> list[Segment]:

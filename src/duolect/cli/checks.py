@@ -1,0 +1,31 @@
+"""What is checked before any work is done, so that a mistake costs seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """Raises ValueError for an option below `least`; None is an option that was not given."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+
+
+def writable(option: str, path: Path | None, *, folder: bool = False) -> None:
+    """Raises ValueError unless a file (or files in a folder) can be written at the path; makes nothing."""
+    if path is None:
+        return
+    if path.exists() and path.is_dir() != folder:
+        expected = "a folder: name a folder" if folder else "a file: name a file in it"
+        raise ValueError(f"{option} {path}: is a {'file' if folder else 'folder'}, expected {expected}, existing or new")
+    place = path if folder else path.absolute().parent
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"{option} {path}: {there} {'cannot be written to' if there.is_dir() else 'is no folder'}: name another place")
+
+
+def corpus_name(data: Path) -> str:
+    """What a signature calls a corpus: its folder."""
+    return (data if data.is_dir() else data.absolute().parent).resolve().name
