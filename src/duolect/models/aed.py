@@ -1,24 +1,35 @@
-"""Attention encoder-decoders as Scorers: Whisper, whose decoder attends to the audio and is otherwise a causal language model."""
+"""Attention encoder-decoders as Scorers: ours (encoder, CTC heads, decoder) and Whisper.
+
+Their decoders attend to the audio and are otherwise causal language models.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from duolect.audio.features import whisper_log_mel
+from duolect.audio.features import SECONDS_PER_FRAME, whisper_log_mel
 from duolect.audio.io import SAMPLE_RATE
 from duolect.models import ModelError
+from duolect.models.attention_decoder import AttentionDecoder, DecoderDims, histories
 from duolect.models.cache import Trie
+from duolect.models.ctc import CtcModel, Heads, load_weights, read_config, save_model
 from duolect.models.decoder import DecoderScorer, OutputLayer
+from duolect.models.encoders import Encoded, frame_mask
 from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, use_packed_attention
-from duolect.vocabulary import TokenizerVocabulary
+from duolect.models.windows import Window, Windowing
+from duolect.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
+
+Precision = Literal["float32", "bfloat16", "float16"]
 
 WINDOW_SECONDS = 30.0
 """Whisper's encoder was trained on windows of exactly this length; shorter audio is padded to it with silence."""
@@ -28,7 +39,139 @@ ENGLISH_ONLY_ROWS = 51864
 """Output rows of the English-only models, which take no language and task label; the multilingual ones have more."""
 
 
-class WhisperAed:
+class AttentionModel(ABC):
+    """An attention encoder-decoder: it makes one Scorer per batch of audio."""
+
+    vocabulary: Vocabulary
+
+    @abstractmethod
+    def scorer(self, audios: Sequence[np.ndarray]) -> DecoderScorer:
+        """log p(labels | audio) for a batch of samples [N], float32 mono 16 kHz; ModelError where one is longer than the model hears."""
+
+
+def load_attention_model(name: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AttentionModel:
+    """The encoder-decoder of a model folder of ours, or Whisper of a folder or hub id. Raises ModelError."""
+    if (Path(name) / "config.json").is_file() and read_config(Path(name)).get("type") in ("aed", "ctc"):
+        return AedModel.load(name, dtype=dtype, device=device)
+    return WhisperAed.load(name, dtype=dtype, device=device)
+
+
+class AudioScorer(DecoderScorer):
+    """A decoder that attends to the audio of a batch: its keys and values [B, heads, T, size] per layer, which the beam shares."""
+
+    def __init__(
+        self, output: OutputLayer, vocabulary: Vocabulary, *, prompt: Sequence[int], heard: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        self.output, self.vocabulary, self.prompt, self.heard = output, vocabulary, list(prompt), heard
+
+    def _begin(self, rows: int) -> Trie:
+        weight, utterances = self.output.weight, len(self.heard[0][0])
+        if rows != utterances:
+            raise ModelError(f"{rows} rows asked for, but the audio of {utterances} utterances was encoded")
+        cross = Cache(layers=[NodeLayer() for _ in self.heard])
+        for layer, (keys, values) in zip(cross.layers, self.heard, strict=True):
+            layer.fill(keys, values)  # pyright: ignore[reportAttributeAccessIssue]
+        cache = EncoderDecoderCache(node_cache(len(self.heard)), cross)
+        cache.is_updated = dict.fromkeys(range(len(self.heard)), True)
+        return Trie.empty(rows, width=weight.shape[1], cache=cache, device=weight.device, dtype=weight.dtype)
+
+    def _prompt(self) -> list[int]:
+        return self.prompt
+
+
+@dataclass(frozen=True)
+class AedOutput:
+    """What a training pass gives: the CTC heads, and the decoder's logits [B, L + 1, V] (aux by layer) for targets [B, L + 1]."""
+
+    heads: Heads
+    logits: Tensor
+    aux: Mapping[int, Tensor]
+    targets: Tensor
+
+
+class AedModel(nn.Module, AttentionModel):
+    """An encoder with CTC heads and a decoder over the main head's labels without blank, in one model folder.
+
+    As an acoustic model the folder is its CTC part (`load_acoustic_model`). max_seconds: of audio that the decoder is asked about.
+    """
+
+    def __init__(self, ctc: CtcModel, dims: DecoderDims, *, max_seconds: float = 30.0) -> None:
+        super().__init__()
+        if not isinstance(ctc.vocabulary, SentencePieceVocabulary):
+            raise ModelError(f"an AED over a {type(ctc.vocabulary).__name__} cannot be built: give its CTC model a SentencePieceVocabulary")
+        self.ctc, self.max_seconds = ctc, min(max_seconds, ctc.encoder.max_seconds)
+        self.vocabulary = ctc.vocabulary.without_blank()
+        self.decoder = AttentionDecoder(dims, labels=self.vocabulary.size, encoder_dim=ctc.encoder.dim)
+
+    def forward(self, features: Tensor, lengths: Tensor, labels: Tensor, sizes: Tensor, *, hidden: Tensor | None = None) -> AedOutput:
+        """All outputs for features [B, F, mels] and labels [B, L], of which sizes [B] are real, from one encoder pass."""
+        heads = self.ctc.heads(features, lengths, hidden=hidden)
+        history, targets = histories(labels, sizes, bos=self.vocabulary.bos, eos=self.vocabulary.eos)
+        decoded = self.decoder(history, heads.encoded)
+        return AedOutput(heads, decoded.logits, decoded.aux, targets)
+
+    @torch.no_grad()
+    def scorer(self, audios: Sequence[np.ndarray]) -> AedScorer:
+        _require_length(audios, self.max_seconds, "the model")
+        weight, encoder = self.decoder.embedding.weight, self.ctc.encoder
+        features = [encoder.features(torch.as_tensor(audio, device=weight.device)) for audio in audios]
+
+        def encode(batch: list[Window]) -> list[Tensor]:
+            parts = [features[w.utterance] for w in batch]
+            lengths = torch.tensor([len(x) for x in parts], device=weight.device)
+            with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
+                encoded = encoder(nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths)
+            return [x[:n].to(weight.dtype) for x, n in zip(encoded.frames, encoded.lengths.tolist(), strict=True)]
+
+        whole = Windowing(round(1 / SECONDS_PER_FRAME), 1, self.max_seconds + 1)  # batches by length, and nothing to cut
+        frames = whole.joined([len(x) for x in features], encode)
+        lengths = torch.tensor([len(x) for x in frames], device=weight.device)
+        return AedScorer(self, Encoded(nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's own tensors by the names they have in a model folder, where the CTC part is a CTC model's."""
+        return {name.removeprefix("ctc."): x for name, x in self.state_dict().items()}
+
+    def settings(self) -> dict[str, object]:
+        """What config.json must hold to build the model again without weights and vocabularies."""
+        return {**self.ctc.settings(), "type": "aed", "decoder": asdict(self.decoder.dims), "max_seconds": self.max_seconds}
+
+    def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
+        """Writes a model folder; the weights in `dtype`, the vocabularies beside them, `card` as README.md."""
+        save_model(folder, self.settings(), self.weights(), card=card, dtype=dtype)
+        self.ctc.save_vocabularies(Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AedModel:
+        """The model that `save` wrote, in eval mode; with a `dtype` below fp32 the encoder runs under autocast. Raises ModelError."""
+        folder = Path(folder)
+        config = read_config(folder)
+        if config.get("type") != "aed":
+            raise ModelError(f"{folder}: is a model of type {config.get('type')}, expected aed: name the folder of an encoder-decoder")
+        fields = config["decoder"]
+        dims = DecoderDims(**{**fields, "aux": tuple(fields["aux"])})
+        model = cls(CtcModel.of_config(config, folder), dims, max_seconds=config["max_seconds"])
+        load_weights(model.weights(), folder)
+        model.decoder.to(getattr(torch, dtype))
+        return model.to(device).eval()
+
+
+class AedScorer(AudioScorer):
+    """The decoder of an AedModel over what its encoder heard."""
+
+    def __init__(self, aed: AedModel, encoded: Encoded) -> None:
+        decoder, vocabulary = aed.decoder, aed.vocabulary
+        output = OutputLayer(decoder.embedding.weight.detach())
+        super().__init__(output, vocabulary, prompt=[vocabulary.bos], heard=decoder.heard(encoded.frames))
+        self.decoder, self.real = decoder, frame_mask(encoded.lengths, encoded.frames.shape[1])
+
+    def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
+        assert isinstance(trie.cache, EncoderDecoderCache)
+        with packing(new):
+            return self.decoder.packed(new, trie.cache, self.real[trie.utterance][:, None, None])
+
+
+class WhisperAed(AttentionModel):
     """A Whisper model that makes one Scorer per batch of audio.
 
     spelling: `words` keeps labels with digits and symbols out, so that hypotheses are comparable with a CTC model of spelled-out words.
@@ -56,7 +199,7 @@ class WhisperAed:
         cls,
         name: str | Path,
         *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Precision = "float32",
         device: str = "cpu",
         spelling: Literal["any", "words"] = "words",
         language: str = "en",
@@ -70,12 +213,7 @@ class WhisperAed:
 
     @torch.no_grad()
     def scorer(self, audios: Sequence[np.ndarray]) -> WhisperScorer:
-        """log p(text labels | audio) for a batch; audio is float32 mono 16 kHz, 30 s at most (ModelError otherwise)."""
-        longest = max((len(a) for a in audios), default=0) / SAMPLE_RATE
-        if longest > WINDOW_SECONDS:
-            raise ModelError(
-                f"{longest:.1f} s of audio are longer than the {WINDOW_SECONDS:.0f} s that Whisper hears at once: split it into segments"
-            )
+        _require_length(audios, WINDOW_SECONDS, "Whisper")
         size = int(SAMPLE_RATE * WINDOW_SECONDS)
         weight = self.output.weight
         mels = self.model.config.num_mel_bins
@@ -84,33 +222,17 @@ class WhisperAed:
         return WhisperScorer(self, self.model.model.encoder(features).last_hidden_state)
 
 
-class WhisperScorer(DecoderScorer):
-    """Whisper's decoder over the encoder states [B, 1500, width] of a batch; the beam shares their keys and values."""
+class WhisperScorer(AudioScorer):
+    """Whisper's decoder over the encoder states [B, 1500, width] of a batch."""
 
     def __init__(self, aed: WhisperAed, encoded: Tensor) -> None:
+        def heads(projection: Any, attention: Any) -> Tensor:
+            return projection(encoded).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2).contiguous()
+
+        attentions = [layer.encoder_attn for layer in aed.model.model.decoder.layers]
+        heard = [(heads(a.k_proj, a), heads(a.v_proj, a)) for a in attentions]
+        super().__init__(aed.output, aed.vocabulary, prompt=aed.prompt, heard=heard)
         self.aed, self.encoded = aed, encoded
-        self.output, self.vocabulary = aed.output, aed.vocabulary
-
-    def _begin(self, rows: int) -> Trie:
-        if rows != len(self.encoded):
-            raise ModelError(f"{rows} rows asked for, but the audio of {len(self.encoded)} utterances was encoded")
-        weight = self.output.weight
-        cross = Cache(layers=[self._heard(layer.encoder_attn) for layer in self.aed.model.model.decoder.layers])
-        cache = EncoderDecoderCache(node_cache(len(cross.layers)), cross)
-        cache.is_updated = dict.fromkeys(range(len(cross.layers)), True)
-        return Trie.empty(rows, width=weight.shape[1], cache=cache, device=weight.device, dtype=weight.dtype)
-
-    def _heard(self, attention: Any) -> NodeLayer:
-        """The audio's keys and values in one layer, [B, heads, 1500, head size]."""
-        layer = NodeLayer()
-        keys, values = (
-            f(self.encoded).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for f in (attention.k_proj, attention.v_proj)
-        )
-        layer.fill(keys.contiguous(), values.contiguous())
-        return layer
-
-    def _prompt(self) -> list[int]:
-        return self.aed.prompt
 
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
         limit = self.aed.model.config.max_target_positions
@@ -126,6 +248,12 @@ class WhisperScorer(DecoderScorer):
                 use_cache=True,
             )
         return out.last_hidden_state[0]
+
+
+def _require_length(audios: Sequence[np.ndarray], seconds: float, who: str) -> None:
+    longest = max((len(a) for a in audios), default=0) / SAMPLE_RATE
+    if longest > seconds:
+        raise ModelError(f"{longest:.1f} s of audio are longer than the {seconds:.0f} s that {who} hears at once: split it into segments")
 
 
 def _prompt(vocabulary: TokenizerVocabulary, language: str | None) -> list[int]:

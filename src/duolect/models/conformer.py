@@ -39,9 +39,13 @@ class ConformerDims:
 
     @classmethod
     def of(cls, *, layers: int, dim: int, **others: Any) -> ConformerDims:
-        """The dims of a depth and a width: up to 8 heads of at least 32; `others` are fields as they are."""
-        heads = max(h for h in range(1, 9) if dim % h == 0 and (h == 1 or dim // h >= 32))
-        return cls(**{"layers": layers, "dim": dim, "heads": heads, **others})
+        """The dims of a depth and a width; `others` are fields as they are."""
+        return cls(**{"layers": layers, "dim": dim, "heads": heads_of(dim), **others})
+
+
+def heads_of(dim: int) -> int:
+    """How many attention heads a width is cut into: up to 8, of an even size of at least 32."""
+    return max(h for h in range(1, 9) if h == 1 or (dim % (2 * h) == 0 and dim // h >= 32))
 
 
 PRESETS = {
@@ -72,7 +76,7 @@ class ConformerEncoder(Encoder):
         self.norm = MaskedBatchNorm(dims.mels, affine="no")
         self.front = _Front(dims)
         self.dropout = TimeDropout(dims.dropout)
-        self.layers = nn.ModuleList(_Layer(dims) for _ in range(dims.layers))
+        self.layers = nn.ModuleList(ConformerLayer(dims) for _ in range(dims.layers))
 
     def features(self, audio: Tensor) -> Tensor:
         return log_mel(audio, mels=self.mels)
@@ -83,7 +87,8 @@ class ConformerEncoder(Encoder):
         if hidden is not None:
             x = x.masked_fill(hidden, 0.0)  # the mean, now
         x, lengths = self.front(x, lengths)
-        x, mask, tapped = self.dropout(x), frame_mask(lengths, x.shape[1]), {}
+        # From here on x has the features' precision, so that autocast rounds what is added to it and never the sum.
+        x, mask, tapped = self.dropout(x.to(features.dtype)), frame_mask(lengths, x.shape[1]), {}
         distances = sinusoids(torch.arange(x.shape[1], -x.shape[1], -1, device=x.device), self.dim).to(x.dtype)
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, mask, distances)
@@ -165,7 +170,7 @@ class _Front(nn.Module):
         return self.linear(x.permute(0, 2, 3, 1).flatten(2)), lengths
 
 
-class _Layer(nn.Module):
+class ConformerLayer(nn.Module):
     """Half a feed-forward, self-attention, convolution, half a feed-forward; each pre-norm and residual; a norm at the end."""
 
     def __init__(self, dims: ConformerDims) -> None:

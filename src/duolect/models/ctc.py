@@ -122,9 +122,13 @@ class CtcModel(nn.Module, AcousticModel):
         """How long audio is cut, in feature frames."""
         return Windowing(round(1 / SECONDS_PER_FRAME), round(self.seconds_per_frame / SECONDS_PER_FRAME), self.window_seconds)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The model's own tensors by the names they have in a model folder."""
+        return dict(self.state_dict())
+
     def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
         """Writes a model folder; the weights in `dtype`, the vocabulary beside them, `card` as README.md."""
-        save_model(folder, self.settings(), self.state_dict(), card=card, dtype=dtype)
+        save_model(folder, self.settings(), self.weights(), card=card, dtype=dtype)
         self.save_vocabularies(Path(folder))
 
     def settings(self) -> dict[str, object]:
@@ -155,7 +159,7 @@ class CtcModel(nn.Module, AcousticModel):
         folder = Path(folder)
         config = read_config(folder)
         model = cls.of_config(config, folder)
-        load_weights(model, folder, ignore="decoder.")
+        load_weights(model.weights(), folder, ignore="decoder.")
         return model if head is None else model.ending_at(head)
 
     @classmethod
@@ -201,14 +205,19 @@ def save_model(
     (folder / "model.safetensors.part").replace(folder / "model.safetensors")
 
 
-def load_weights(model: nn.Module, folder: Path, *, ignore: str = "") -> None:
-    """Sets the weights to those in a model folder, all of them but those whose names start with `ignore`. Raises ModelError."""
+def load_weights(weights: Mapping[str, Tensor], folder: Path, *, ignore: str | None = None) -> None:
+    """Sets a model's own tensors, by name, to those in a model folder; names that start with `ignore` are left out. Raises ModelError."""
+    path = folder / "model.safetensors"
     try:
-        weights = load_file(folder / "model.safetensors")
-        model.load_state_dict({name: x.float() for name, x in weights.items() if not ignore or not name.startswith(ignore)})
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise ModelError(f"{folder}/model.safetensors: does not fit config.json ({cause}): copy the folder again") from error
+        stored = {n: x for n, x in load_file(path).items() if ignore is None or not n.startswith(ignore)}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{path}: does not fit config.json ({' '.join(str(error).split())[:200]}): copy the folder again") from error
+    odd = sorted(n for n in weights.keys() | stored.keys() if n not in weights or n not in stored or weights[n].shape != stored[n].shape)
+    if odd:
+        raise ModelError(f"{path}: does not fit config.json ({len(odd)} weights, {', '.join(odd[:3])}, ...): copy the folder again")
+    with torch.no_grad():
+        for name, x in weights.items():
+            x.copy_(stored[name])
 
 
 class HuggingFaceCtc(AcousticModel):

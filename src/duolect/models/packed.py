@@ -70,13 +70,23 @@ def _attention(
     new = _current.get()
     if new is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    # query [1, heads, P, size] by utterance: [G, heads, n, size]; key and value are the stores already.
-    groups, most = new.shape
-    spread = query.new_zeros(groups, most, query.shape[1], query.shape[3])
-    spread[new.group, new.rank] = query[0].transpose(0, 1)
+    # query [1, heads, P, size]; key and value are the stores already.
     options["is_causal"] = False
-    out, _ = sdpa_attention_forward(module, spread.transpose(1, 2), key, value, attention_mask, **options)
+    out, _ = sdpa_attention_forward(module, _by_utterance(new, query), key, value, attention_mask, **options)
     return out[new.group, new.rank][None], None
+
+
+def attend_packed(new: NewNodes, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """[1, heads, P, size] attention of new nodes' queries [1, heads, P, size] to stores [G, heads, N, size]; mask [G, 1, n or 1, N]."""
+    out = torch.nn.functional.scaled_dot_product_attention(_by_utterance(new, query), key, value, attn_mask=mask)
+    return out.transpose(1, 2)[new.group, new.rank].transpose(0, 1)[None]
+
+
+def _by_utterance(new: NewNodes, query: Tensor) -> Tensor:
+    """[G, heads, n, size] of queries [1, heads, P, size]."""
+    spread = query.new_zeros(*new.shape, query.shape[1], query.shape[3])
+    spread[new.group, new.rank] = query[0].transpose(0, 1)
+    return spread.transpose(1, 2)
 
 
 AttentionInterface.register(NAME, _attention)
