@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from duolect.models import ModelError
-from duolect.models.aed import WhisperAed
+from duolect.models.aed import AttentionModel, load_attention_model
 from duolect.models.ctc import AcousticModel, CtcOutput, load_acoustic_model
 from duolect.models.embedded import MODELS, SHIPPED_MODELS, resolve
 from duolect.models.lm import HFCausalLM
@@ -64,10 +64,10 @@ class Models:
         options: dict[str, Any] = {"dtype": self.precision, "device": self.device, "prompt": prompt}
         return self._once(("language", name, prompt), lambda: HFCausalLM.load(place_of(name, "language"), **options))
 
-    def attention(self, name: str) -> WhisperAed:
+    def attention(self, name: str) -> AttentionModel:
         """The attention encoder-decoder of that name."""
         options: dict[str, Any] = {"dtype": self.precision, "device": self.device}
-        return self._once(("attention", name), lambda: WhisperAed.load(place_of(name, "attention"), **options))
+        return self._once(("attention", name), lambda: load_attention_model(place_of(name, "attention"), **options))
 
     def prior(self, acoustic: str, kind: str) -> Tensor:
         """[V] log-prior of the labels of an acoustic model, as `duolect prior` stored it in the model's folder."""
