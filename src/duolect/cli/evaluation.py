@@ -73,7 +73,6 @@ def tune(
     negative: tuple[str, ...] = ("prior",),
     largest: float = 2.0,
     normalizer: Literal["none", "basic", "whisper-english"] = "whisper-english",
-    method: Literal["auto", "grid", "line"] = "auto",
     plot: Path | None = None,
 ) -> int:
     """The scales that give the fewest word errors on n-best lists, with their intervals and a held-out estimate.
@@ -88,7 +87,6 @@ def tune(
         negative: Parts that are subtracted (priors).
         largest: No scale exceeds it.
         normalizer: What is done to both texts before words are compared.
-        method: grid (shrinking box), line (exact, one scale at a time), auto.
         plot: WER over the scales as a PNG.
     """
     from duolect.evaluate.nbest import nbest_lists
@@ -111,7 +109,7 @@ def tune(
     # A prior corrects a language model, so its scale is tuned as a share of that one's (paper.md 2.8).
     base = next((name for name in names if name not in negative), None)
     free = {name: Range(-largest, 0.0, of=base) if name in negative else Range(0.0, largest) for name in names}
-    tuned = tuned_scales(lists, reference=reference, free=free, method=method)
+    tuned = tuned_scales(lists, reference=reference, free=free)
     for name, scale in tuned.scales.items():
         print(f"{name:12} {scale:8.4f}  {tuned.scale_intervals.get(name) or ''}")
     print(f"\nWER {tuned.wer:.2f} {tuned.interval or ''} tuned; {tuned.alone:.2f} with {reference} alone; {tuned.oracle:.2f} best in list")

@@ -5,10 +5,8 @@ Shapes: N utterances (A of them active), H hypotheses, D free scales, P points.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +17,6 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _CELLS, _POINTS = 8192, 16  # hypotheses x points at a time: their scores stay in the cache
-_MOST_CORNERS = 3  # free numbers; a box in more dimensions has too many corners to pay off
 
 
 @dataclass(frozen=True)
@@ -47,26 +44,24 @@ class Line:
 
     def best(self) -> tuple[float, int]:
         """(middle of the widest stretch with the fewest errors, those errors); of equally wide ones the one nearest 0."""
-        starts, ends, errors = _stretches(self.edges, self.errors)
-        least = errors == errors.min()
-        widths = np.where(least, ends - starts, -1.0)
+        wide = np.diff(self.edges) > 1e-12 * max(1.0, float(np.abs(self.edges).max()))
+        if not wide.any():
+            return float(self.edges[0]), int(self.errors[-1])
+        starts, ends, errors = self.edges[:-1][wide], self.edges[1:][wide], self.errors[wide]
+        new = np.concatenate([[True], errors[1:] != errors[:-1]])
+        starts, ends, errors = starts[new], ends[np.concatenate([new[1:], [True]])], errors[new]
+        widths = np.where(errors == errors.min(), ends - starts, -1.0)
         candidates = np.flatnonzero(widths >= widths.max() * (1 - 1e-9))
         middles = (starts + ends)[candidates] / 2
         return float(middles[np.argmin(np.abs(middles))]), int(errors.min())
 
-    def centred(self, value: float) -> float:
-        """The middle of the stretch of equal errors in which `value` lies."""
-        starts, ends, _ = _stretches(self.edges, self.errors)
-        inside = int(np.clip(np.searchsorted(starts, value, side="right") - 1, 0, len(starts) - 1))
-        return float((starts[inside] + ends[inside]) / 2)
-
 
 @dataclass(frozen=True, eq=False)
 class Surface:
-    """Which hypothesis wins where, for numbers x [D] within a box: score = reference part + sum of scale_d(x) * part_d.
+    """Which hypothesis wins where, for numbers x [D]: score = reference part + sum of scale_d(x) * part_d.
 
-    Ties go to the hypothesis that stands first in its list. settled [N]: the errors of utterances that are the same everywhere in
-    the box, 0 for active ones. rows [A]: the active ones; base [A, H]: their reference part, -inf where there is no hypothesis.
+    Ties go to the hypothesis that stands first in its list. settled [N]: the errors of utterances whose hypotheses all have as
+    many, 0 for active ones. rows [A]: the active ones; base [A, H]: their reference part, -inf where there is no hypothesis.
     """
 
     names: tuple[str, ...]
@@ -105,47 +100,11 @@ class Surface:
         # Products of fp32 matrices are fast, and exact as long as no sum of errors reaches 2 ** 24.
         return (errors @ weights[self.rows].astype(np.float32)).astype(np.int64) + int(self.settled @ weights)
 
-    def totals(self, points: Floats, *, weights: Ints) -> Ints:
-        """[P] what `weighted` gives of the errors at the points [P, D]."""
-        return np.concatenate([self.weighted(self.errors(points[p : p + 512]), weights) for p in range(0, len(points), 512)])
-
     def utterance_errors(self, point: Floats) -> Ints:
         """[N] errors at one point [D]."""
         errors = self.settled.copy()
         errors[self.rows] = self.errors(point[None])[0]
         return errors
-
-    def narrowed(self, low: Floats, high: Floats) -> Surface:
-        """The same surface inside the box low [D] .. high [D], where fewer hypotheses can win.
-
-        The difference of two scores is linear in each number alone, so over a box it is extreme at a corner: who is beaten by the same
-        other at all corners never wins inside. The winners at the corners and at the centre are tried as that other.
-        """
-        if np.count_nonzero(low < high) > _MOST_CORNERS:
-            return self
-        corners = np.array(list(itertools.product(*((a, b) if a < b else (a,) for a, b in zip(low, high, strict=True)))))
-        probes = np.concatenate([corners, (low + high)[None] / 2])
-        scores = np.tensordot(self.scales(probes), self.slopes, axes=1) + self.base
-        live, row = self.base > -np.inf, np.arange(len(self.rows))
-        for winner in {one.tobytes(): one for one in scores.argmax(axis=-1)}.values():
-            best = scores[:-1, row, winner][..., None]
-            # A margin far above rounding: a hypothesis too many costs time, one too few would be wrong.
-            live &= ~(best > scores[:-1] + 1e-9 * (1 + np.abs(best))).all(axis=0)
-        return self.only(live)
-
-    def only(self, live: NDArray[np.bool_]) -> Surface:
-        """The surface of the live [A, H] hypotheses; utterances whose live ones all have the same errors are settled."""
-        most, least = (f(np.where(live, self.wrong, fill), axis=1) for f, fill in ((np.max, -1), (np.min, np.iinfo(np.int64).max)))
-        settled, active = self.settled.copy(), most != least
-        settled[self.rows[~active]] = least[~active]
-        width = int(live[active].sum(axis=1).max(initial=1))
-        order = np.argsort(~live[active], axis=1, kind="stable")[:, :width]  # list order decides ties, so it is kept
-
-        def taken(values: NDArray[Any]) -> NDArray[Any]:
-            return np.take_along_axis(values[..., active, :], order[(None,) * (values.ndim - 2)], axis=-1)
-
-        base = np.where(live, self.base, -np.inf)
-        return Surface(self.names, self.ranges, settled, self.rows[active], taken(base), taken(self.slopes), taken(self.wrong))
 
     def line(self, point: Floats, *, coordinate: int, low: float, high: float, weights: Ints) -> Line:
         """The exact errors along one number in low .. high, the others as in `point` [D] (Och, ACL 2003: upper envelopes of lines)."""
@@ -172,8 +131,10 @@ def surface_of(lists: NBestLists, *, reference: str, free: Mapping[str, Range]) 
             raise ValueError(f"the range of {name!r} is relative to {span.of!r}, which is no free scale with a range of its own")
     base = np.where(lists.possible, lists.parts[reference], -np.inf)
     slopes = np.stack([lists.parts[name] for name in free]) if free else np.zeros((0, *base.shape))
-    settled, rows = np.zeros(len(lists), np.int64), np.arange(len(lists))
-    return Surface(tuple(free), tuple(free.values()), settled, rows, base, slopes, lists.errors).only(lists.possible)
+    most, least = (f(np.where(lists.possible, lists.errors, x), axis=1) for f, x in ((np.max, -1), (np.min, np.iinfo(np.int64).max)))
+    rows = np.flatnonzero(most != least)
+    settled = np.where(most == least, least, 0)
+    return Surface(tuple(free), tuple(free.values()), settled, rows, base[rows], slopes[:, rows], lists.errors[rows])
 
 
 def _envelope(offset: Floats, slope: Floats, errors: Ints, weights: Ints, *, low: float, high: float) -> tuple[int, Floats, Ints]:
@@ -197,13 +158,3 @@ def _envelope(offset: Floats, slope: Floats, errors: Ints, weights: Ints, *, low
         changes.append(change[moves & (change != 0)])
         row, current = row[moves], following[moves]
     return first, np.maximum(np.concatenate(places), low), np.concatenate(changes)
-
-
-def _stretches(edges: Floats, errors: Ints) -> tuple[Floats, Floats, Ints]:
-    """(starts, ends, errors) of the stretches of equal errors; those of no width are left out, unless all are."""
-    wide = np.diff(edges) > 1e-12 * max(1.0, float(np.abs(edges).max()))
-    if not wide.any():
-        return edges[:1], edges[-1:], errors[-1:]
-    starts, ends, errors = edges[:-1][wide], edges[1:][wide], errors[wide]
-    new = np.concatenate([[True], errors[1:] != errors[:-1]])
-    return starts[new], ends[np.concatenate([new[1:], [True]])], errors[new]
