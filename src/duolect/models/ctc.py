@@ -184,6 +184,8 @@ class CtcModel(nn.Module, AcousticModel):
             known = ", ".join(map(str, self.aux_vocabularies)) or "none"
             raise ModelError(f"the model has no auxiliary head at layer {layer}; it has: {known}")
         encoder = encoder_from_settings({**self.encoder.settings(), "layers": layer})
+        if encoder.depth != layer:
+            raise ModelError(f"a {type(encoder).__name__} cannot end at layer {layer}: take the main head, or tap it with `heads`")
         model = CtcModel(encoder, self.aux_vocabularies[layer], stack=self.stack, window_seconds=self.window_seconds)
         own = {f"head.{name}": x for name, x in self.aux[str(layer)].state_dict().items()}
         names = {name for name, _ in encoder.named_parameters()} | {name for name, _ in encoder.named_buffers()}

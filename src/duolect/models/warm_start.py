@@ -17,6 +17,7 @@ from torch import Tensor
 from duolect.models import ModelError
 from duolect.models.aed import AedModel
 from duolect.models.ctc import CtcModel, read_config
+from duolect.models.encoders import encoder_from_settings
 
 BY_LABEL = re.compile(r"decoder\.(embedding|aux\.\d+\.1)\.")
 """Weights whose rows are labels of the main vocabulary, the CTC heads aside."""
@@ -53,8 +54,7 @@ def warm_start(model: CtcModel | AedModel, source: str | Path | Mapping[str, Ten
     """
     config, state = _read(source)
     own, ctc = model.weights(), model if isinstance(model, CtcModel) else model.ctc
-    mine = _settings(model.settings(), own)
-    theirs = _settings(config, state)
+    mine, theirs = _described(model.settings(), own), _described(config, state)
     renamed = _heads(theirs, mine)
     loaded, skipped = [], {}
     for name, x in state.items():
@@ -104,9 +104,13 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Any],
     return config, {name.removeprefix("ctc."): x for name, x in state.items()}
 
 
-def _settings(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> _Described:
+def _described(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> _Described:
     encoder, aux = config.get("encoder", {}), config.get("aux", {})
-    depth = 1 + max((int(m[1]) for name in state if (m := re.match(r"encoder\.layers\.(\d+)\.", name))), default=-1)
+    if encoder:
+        with torch.device("meta"):
+            depth = encoder_from_settings(encoder).depth
+    else:
+        depth = 1 + max((int(m[1]) for name in state if (m := re.match(r"encoder\.layers\.(\d+)\.", name))), default=-1)
     layers = {f"aux.{m[1]}.": int(m[1]) for name in state if (m := re.match(r"aux\.(\d+)\.", name))}
     heads = {"head.": (depth, config.get("vocabulary"))} | {p: (n, aux.get(str(n))) for p, n in layers.items()}
     return _Described(encoder.get("type"), config.get("vocabulary"), heads)
