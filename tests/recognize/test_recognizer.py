@@ -180,15 +180,15 @@ def test_decodings_side_by_side_continue_each_where_it_was(zoo, models, tmp_path
 def test_a_folder_of_transcripts_knows_what_it_has(tmp_path):
     audio = tmp_path / "a.wav"
     audio.write_bytes(b"1")
-    folder = Transcripts.open(tmp_path / "t", {"beam": 4})
+    folder = Transcripts(tmp_path / "t", {"beam": 4})
     assert not folder.has("a.txt", audio)
     folder.write("a.txt", audio, "one\n")
     with open(tmp_path / "t" / INDEX, "a") as torn:
-        torn.write('\n{"file": "b.t')
+        torn.write("\nb.t")
     folder.write("c.txt", audio, "three\n")
-    again = Transcripts.open(tmp_path / "t", {"beam": 4})
+    again = Transcripts(tmp_path / "t", {"beam": 4})
     assert again.has("a.txt", audio) and again.has("c.txt", audio) and not again.has("b.txt", audio)
-    assert not Transcripts.open(tmp_path / "t", {"beam": 5}).has("a.txt", audio)
+    assert not Transcripts(tmp_path / "t", {"beam": 5}).has("a.txt", audio)
     (tmp_path / "t" / "c.txt").unlink()
     assert not again.has("c.txt", audio)
     os.utime(audio, (1, 1))
@@ -319,7 +319,7 @@ def test_a_missing_prior_and_a_beam_of_nothing_are_said(zoo, models):
         ("attention", "{llm}", "is a causal language model, expected an attention"),
         ("acoustic", "{unit}", "is a causal language model, expected a CTC acoustic model: name duolect-ctc"),
         ("language", "smolm2-135m", "did you mean smollm2-135m?"),
-        ("acoustic", "xyz", r"no embedded model \(duolect-ctc, .*\), no folder and no hub id \(owner/name\)"),
+        ("acoustic", "xyz", r"no embedded model \(duolect-ctc, .*\), no folder, no hub id \(owner/name\)"),
     ],
 )
 def test_wrong_names_are_refused_before_anything_is_loaded_or_fetched(zoo, models, monkeypatch, kind, name, expected):

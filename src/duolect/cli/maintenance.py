@@ -93,30 +93,20 @@ def doctor() -> int:
     import importlib.metadata as metadata
     import platform
     import shutil
+    from importlib.util import find_spec
 
     problems: list[str] = []
     print(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
-    wanted = {
-        "torch": "",
-        "transformers": "",
-        "tokenizers": "",
-        "sentencepiece": "",
-        "soundfile": "",
-        "soxr": "",
-        "kaldialign": "",
-        "whisper-normalizer": "",
-        "gguf": "pip install 'duolect[gguf]' (to pull smollm2-135m and to load .gguf files)",
-        "accelerate": "pip install 'duolect[gguf]'",
-        "matplotlib": "pip install 'duolect[plots]' (for pictures)",
-    }
-    for name, mend in wanted.items():
+    extras = {"gguf": "gguf", "accelerate": "gguf", "matplotlib": "plots"}  # smollm2-135m is pulled as a .gguf file; pictures
+    needed = ("torch", "transformers", "tokenizers", "sentencepiece", "soundfile", "soxr", "kaldialign", "whisper-normalizer")
+    for name in (*needed, *extras):
         try:
             print(f"{name:11} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             print(f"{name:11} not installed")
-            problems.append(f"{name} is missing: {mend or 'pip install duolect'}")
+            problems.append(f"{name} is missing: pip install '{f'duolect[{extras[name]}]' if name in extras else 'duolect'}'")
     for name in ("torchaudio", "torchcodec", "kernels"):
-        if _installed(name):
+        if find_spec(name):
             problems.append(
                 f"{name} is installed: it breaks the loading of models with this transformers unless its version fits torch exactly; "
                 f"if models fail to load: pip uninstall {name}"
@@ -138,9 +128,3 @@ def doctor() -> int:
         print(f"problem     {problem}")
     print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''}")
     return 1 if problems else 0
-
-
-def _installed(name: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(name) is not None

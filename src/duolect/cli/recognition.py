@@ -87,7 +87,7 @@ def transcribe(
     if out is None and count > 1 and format in ("srt", "vtt"):
         raise ValueError(f"{count} recordings in one {format} file would be none: name a folder for a file each with --out")
     recognizer = _recognizer(models, {"it": decoding}, word_times=format != "txt")
-    folder = Transcripts.open(out, {**settings_of(recognizer, "it"), "format": format}) if out is not None else None
+    folder = Transcripts(out, {**settings_of(recognizer, "it"), "format": format}) if out is not None else None
     taken: set[str] = set()
     lines: list[Recognized] = []
     for source in sources:
@@ -363,16 +363,8 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
         else:
             note = f"not tuned for this pair of models: `duolect tune` writes {wanted}.json"
         models.say(f"scales {wanted}: " + ", ".join(f"{k} {v:g}" for k, v in scales[wanted].items()) + f" ({note})")
-    return Ingredients(
-        lm=options.lm,
-        unit_lm=options.unit_lm,
-        aed=options.aed,
-        prompt=options.prompt,
-        beam=options.beam,
-        nbest=options.nbest,
-        interval=options.interval,
-        scales=scales,
-    )
+    names = ("lm", "unit_lm", "aed", "prompt", "beam", "nbest", "interval")
+    return Ingredients(scales=scales, **{name: getattr(options, name) for name in names})
 
 
 def _source(path: Path, failures: list[str]) -> Source | None:

@@ -173,12 +173,9 @@ class Prior(Term):
 
 
 class Decoding(ABC):
-    """A way to recognize a batch."""
+    """A way to recognize a batch. terms: what is scored beside the CTC model's own score, by name."""
 
-    @property
-    @abstractmethod
-    def parts(self) -> Mapping[str, Term]:
-        """The terms beside the CTC model's own score, by name."""
+    terms: Mapping[str, Term]
 
     @property
     def hears_ctc(self) -> bool:
@@ -189,9 +186,9 @@ class Decoding(ABC):
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
         """The n-best list of each utterance, best first."""
 
-    @abstractmethod
     def scales(self) -> Mapping[str, float]:
         """The scale of every part, as in `Hypothesis.score`."""
+        return {"ctc": 1.0, **{name: term.scale for name, term in self.terms.items()}}
 
 
 @registered
@@ -199,15 +196,10 @@ class Decoding(ABC):
 class Greedy(Decoding):
     """The best label of each CTC frame, collapsed."""
 
-    @property
-    def parts(self) -> Mapping[str, Term]:
-        return {}
+    terms: ClassVar[Mapping[str, Term]] = {}
 
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
         return ctc_greedy(batch.output.log_probs, batch.output.lengths, vocabulary=batch.vocabulary)
-
-    def scales(self) -> Mapping[str, float]:
-        return {"ctc": 1.0}
 
 
 @registered
@@ -225,10 +217,6 @@ class TimeSynchronous(Decoding):
     collapse: float | None = None
     keep_labels: int | None = None
 
-    @property
-    def parts(self) -> Mapping[str, Term]:
-        return self.terms
-
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
         log_probs, lengths = batch.output.log_probs, batch.output.lengths
         if self.keep_labels is not None:
@@ -238,9 +226,6 @@ class TimeSynchronous(Decoding):
             log_probs, lengths = reduced.log_probs, reduced.lengths
         fused = {name: term.fused(batch, batch.vocabulary) for name, term in self.terms.items()}
         return ctc_beam_search(log_probs, lengths, vocabulary=batch.vocabulary, beam=self.beam, fused=fused, recombine=self.recombine)
-
-    def scales(self) -> Mapping[str, float]:
-        return {"ctc": 1.0, **{name: term.scale for name, term in self.terms.items()}}
 
 
 @registered
@@ -255,10 +240,6 @@ class LabelSynchronous(Decoding):
     beam: int = 4
     length_exponent: float = 0.0
     labels_per_second: float = 10.0
-
-    @property
-    def parts(self) -> Mapping[str, Term]:
-        return self.terms
 
     @property
     def hears_ctc(self) -> bool:

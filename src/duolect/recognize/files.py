@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from duolect.scorer import Recognized, read_hypotheses, write_hypotheses
 from duolect.search.align import Word
 
 Format = Literal["txt", "json", "srt", "vtt", "ctm"]
-INDEX = ".duolect.jsonl"
+INDEX = ".duolect.tsv"
 LINE_SECONDS, LINE_LETTERS = 6.0, 84
 """A subtitle is at most so long in time and in letters."""
 
@@ -93,23 +94,18 @@ class Transcripts:
     """A folder with a file per recording that knows of which audio and settings each is, so that no file is made twice."""
 
     folder: Path
-    settings: str
-    made: dict[str, Any]
+    settings: Mapping[str, Any]
 
-    @classmethod
-    def open(cls, folder: Path, settings: Mapping[str, Any]) -> Transcripts:
-        """The folder, whether or not it exists; a line of its index that was torn by a kill counts for nothing."""
-        made = {}
-        with suppress(OSError), open(folder / INDEX, encoding="utf-8") as lines:
-            for line in lines:
-                with suppress(ValueError, KeyError, TypeError):
-                    entry = json.loads(line)
-                    made[entry["file"]] = entry
-        return cls(folder, digest(settings), made)
+    @cached_property
+    def made(self) -> dict[str, str]:
+        """The mark of each file; a line of the index that was torn by a kill has none that fits."""
+        index = self.folder / INDEX
+        lines = index.read_text(encoding="utf-8").splitlines() if index.is_file() else ()
+        return {name: mark for name, _, mark in (line.partition("\t") for line in lines)}
 
     def has(self, name: str, audio: Path) -> bool:
         """Whether the file is there, of this audio as it is now, by these settings."""
-        return (self.folder / name).is_file() and self.made.get(name) == self._entry(name, audio)
+        return (self.folder / name).is_file() and self.made.get(name) == self._mark(audio)
 
     def write(self, name: str, audio: Path, text: str) -> None:
         """Writes the file, whole or not at all."""
@@ -118,38 +114,26 @@ class Transcripts:
         part.write_text(text, encoding="utf-8")
         part.replace(self.folder / name)
         with open(self.folder / INDEX, "a", encoding="utf-8") as lines:
-            lines.write("\n" * bool(lines.tell()) + json.dumps(self._entry(name, audio), ensure_ascii=False))
+            lines.write(f"\n{name}\t{self._mark(audio)}")
 
-    def _entry(self, name: str, audio: Path) -> dict[str, Any]:
-        changed = audio.stat().st_mtime_ns if audio.exists() else None
-        return {"file": name, "audio": str(audio.absolute()), "changed": changed, "settings": self.settings}
+    def _mark(self, audio: Path) -> str:
+        return digest({**self.settings, "audio": str(audio.absolute()), "changed": audio.stat().st_mtime_ns if audio.exists() else None})
 
 
 def written(recognized: Recognized, form: Format) -> str:
     """The transcript in one of the formats; all but txt need a recognizer with word_times."""
+    if form == "txt":
+        return recognized.text + "\n"
+    if form == "json":
+        return json.dumps(recognized.to_json(), ensure_ascii=False, indent=1) + "\n"
     words = [Word(**w) for w in recognized.extra.get("words", ())]
-    return {"txt": _txt, "json": _json, "srt": _srt, "vtt": _vtt, "ctm": _ctm}[form](recognized, words)
-
-
-def _txt(recognized: Recognized, words: Sequence[Word]) -> str:
-    return recognized.text + "\n"
-
-
-def _json(recognized: Recognized, words: Sequence[Word]) -> str:
-    return json.dumps(recognized.to_json(), ensure_ascii=False, indent=1) + "\n"
-
-
-def _srt(recognized: Recognized, words: Sequence[Word]) -> str:
-    return "\n".join(f"{i}\n{_span(line, ',')}\n{_text(line)}\n" for i, line in enumerate(_subtitles(words), start=1))
-
-
-def _vtt(recognized: Recognized, words: Sequence[Word]) -> str:
-    return "\n".join(["WEBVTT\n", *(f"{_span(line, '.')}\n{_text(line)}\n" for line in _subtitles(words))])
-
-
-def _ctm(recognized: Recognized, words: Sequence[Word]) -> str:
-    name = recognized.id.replace(" ", "_")
-    return "".join(f"{name} 1 {w.start:.2f} {w.end - w.start:.2f} {w.text} {w.confidence:.3f}\n" for w in words)
+    if form == "ctm":
+        name = recognized.id.replace(" ", "_")
+        return "".join(f"{name} 1 {w.start:.2f} {w.end - w.start:.2f} {w.text} {w.confidence:.3f}\n" for w in words)
+    lines = _subtitles(words)
+    if form == "srt":
+        return "\n".join(f"{i}\n{_span(line, ',')}\n{_text(line)}\n" for i, line in enumerate(lines, start=1))
+    return "\n".join(["WEBVTT\n", *(f"{_span(line, '.')}\n{_text(line)}\n" for line in lines)])
 
 
 def _text(words: Sequence[Word]) -> str:
@@ -169,12 +153,9 @@ def _subtitles(words: Sequence[Word]) -> list[list[Word]]:
     """Words in subtitles: a new one after a pause, when it gets too long, or has too many letters."""
     lines: list[list[Word]] = []
     for word in words:
-        if (
-            not lines
-            or word.start - lines[-1][-1].end > 0.8
-            or word.end - lines[-1][0].start > LINE_SECONDS
-            or len(_text([*lines[-1], word])) > LINE_LETTERS
-        ):
+        line = lines[-1] if lines else []
+        late = bool(line) and (word.start - line[-1].end > 0.8 or word.end - line[0].start > LINE_SECONDS)
+        if not line or late or len(_text([*line, word])) > LINE_LETTERS:
             lines.append([])
         lines[-1].append(word)
     return lines

@@ -91,10 +91,8 @@ def place_of(name: str, kind: str) -> str:
     if name not in named and not Path(name).exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             near = difflib.get_close_matches(name, named, n=1)
-            guess = f" did you mean {near[0]}?" if near else ""
-            raise ModelError(
-                f"{name}: is no embedded model ({', '.join(named)}), no folder and no hub id (owner/name):{guess} correct the name"
-            )
+            guess = f"did you mean {near[0]}?" if near else "name one of them"
+            raise ModelError(f"{name}: is no embedded model ({', '.join(named)}), no folder, no hub id (owner/name): {guess}")
         _require_hub(name)
     what, embedded = KINDS[kind]
     found = next((k for k, (_, names) in KINDS.items() if name in names.split(", ")), None) or _kind(resolve(name))

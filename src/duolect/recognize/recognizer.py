@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from duolect.audio.io import SAMPLE_RATE, AudioError, AudioWarning, read_audio
+from duolect.audio.io import SAMPLE_RATE, AudioError, AudioWarning
 from duolect.data.batching import batches_by_seconds
-from duolect.data.utterance import Utterance
+from duolect.data.utterance import Utterance, load_audio
 from duolect.models import ModelError
 from duolect.models.ctc import AcousticModel, CtcOutput
 from duolect.recognize.decoding import Batch, Decoding
@@ -72,7 +72,7 @@ class Recognizer:
         """For each utterance, in an order that suits batching, what each decoding made of it; failures carry an error and no transcript."""
         self.models.acoustic(self.acoustic)
         for decoding in self.decodings.values():
-            for term in decoding.parts.values():
+            for term in decoding.terms.values():
                 term.load(self.models, self.acoustic)
         durations = [u.seconds if u.seconds else 10.0 for u in utterances]
         with _progress(sum(durations), progress) as bar:
@@ -92,7 +92,7 @@ class Recognizer:
         batch = self._prepared([Segment(0, 0.0, audio, model.log_probs_of([audio]).log_probs[0])], model)
         for name, decoding in self.decodings.items():
             try:
-                for term in decoding.parts.values():
+                for term in decoding.terms.values():
                     term.load(self.models, self.acoustic)
                 decoding.run(batch)
             except (PriorError, SearchError, VocabularyError) as error:
@@ -204,7 +204,7 @@ def _heard(utterance: Utterance) -> tuple[Utterance, np.ndarray]:
     """The utterance and its samples; what its audio suffers from becomes its field `warning`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        audio = read_audio(utterance.audio)
+        audio = load_audio(utterance)
     if said := "; ".join(str(w.message) for w in caught if issubclass(w.category, AudioWarning)):
         utterance = replace(utterance, fields={**utterance.fields, "warning": said})
     return utterance, audio
