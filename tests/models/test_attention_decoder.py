@@ -166,9 +166,8 @@ def test_half_precision_is_close(tmp_path: Path) -> None:
 
 def test_the_decoder_is_llamas_where_they_agree() -> None:
     """RMS norm, RoPE, SwiGLU, no bias: with copied weights, no audio heard and no absolute positions, transformers' Llama."""
-    config = LlamaConfig(
-        vocab_size=11, hidden_size=16, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2
-    )
+    shape = {"hidden_size": 16, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=11, initializer_range=0.4, **shape)
     theirs, ours = LlamaModel(config).eval(), AttentionDecoder(DIMS, labels=11, encoder_dim=4).eval()
     with torch.no_grad():
         ours.embedding.weight.copy_(theirs.embed_tokens.weight / math.sqrt(16))
