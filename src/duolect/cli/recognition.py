@@ -96,7 +96,7 @@ def transcribe(
         if len(todo) < len(targets):
             print(f"{len(targets) - len(todo)} of {len(targets)} transcripts are in {out} already", file=sys.stderr)
         found: dict[str, Recognized] = {}
-        for results in recognizer.recognize(list(todo.values()), progress=sys.stderr.isatty()):
+        for results in recognizer.recognize(list(todo.values()), progress=sys.stderr.isatty()) if todo else ():
             found[results["it"].id] = result = results["it"]
             if folder is not None and result.error is None:
                 folder.write(targets[result.id], todo[result.id].audio, written(result, format))
@@ -194,6 +194,7 @@ def rescore(
     if name in parts:
         raise ValueError(f"{hypotheses}: the hypotheses have a part {name!r} already: choose another --name")
     weights = _weights(name, scale, scales, parts, lines)
+    _quiet()
     scorer = Models(device=_device(device), precision=precision).language(lm, prompt=prompt)
     labels = labels_for(scorer.vocabulary, [h for line in lines for h in line.nbest], begun=bool(prompt.strip()))
     done = []
