@@ -14,7 +14,7 @@ def main() -> None:
     """Runs `duolect <command> ...`. Exit code 0: all done; 1: some of it failed, as listed; 2: nothing could be done, as said."""
     import tyro
 
-    from duolect.cli import evaluation, maintenance, recognition
+    from duolect.cli import evaluation, maintenance, preparation, recognition
 
     commands = {
         "transcribe": recognition.transcribe,
@@ -23,6 +23,8 @@ def main() -> None:
         "compare": recognition.compare,
         "tune": evaluation.tune,
         "score": evaluation.score,
+        "prepare": preparation.prepare,
+        "units": preparation.units,
         "prior": maintenance.prior,
         "models": maintenance.models,
         "doctor": maintenance.doctor,
@@ -32,7 +34,7 @@ def main() -> None:
     except KeyboardInterrupt:
         words = sys.argv[1:]
         to_files = words[:1] == ["transcribe"] and any(word.split("=")[0] == "--out" for word in words)
-        goes_on = to_files or words[:1] in (["decode"], ["compare"])
+        goes_on = to_files or words[:1] in (["decode"], ["compare"], ["prepare"])
         print("\nduolect: stopped" + "; the same command continues what was not finished" * goes_on, file=sys.stderr)
         code = 130
     except BrokenPipeError:

@@ -1,0 +1,89 @@
+"""prepare, units: what training needs before it begins: audio in shards, and subword units."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+def prepare(
+    sources: Positional[tuple[str, ...]] = (),
+    /,
+    out: Path | None = None,
+    codec: Literal["ogg", "opus", "flac"] = "ogg",
+    workers: int | None = None,
+    limit: Annotated[int | None, arg(help="Only so many utterances, the first ones.")] = None,
+    hours: Annotated[float | None, arg(help="Only so much audio, the first of it.")] = None,
+    max_failed: Annotated[float, arg(help="Share of utterances that may fail before it stops.")] = 0.05,
+    shard: Annotated[int, arg(help="Utterances in each tar file.")] = 500,
+    check: Annotated[Path | None, arg(help="Verifies the checksums of a prepared folder instead.")] = None,
+) -> int:
+    """Stores corpora as training reads them: 16 kHz mono, re-encoded, in tar files, with a manifest. A killed run continues.
+
+    Args:
+        sources: LibriSpeech trees, manifests, folders; parquet files of Loquacious, or speechbrain/LoquaciousSet:large/train from the hub.
+        out: New folder for manifest.jsonl, audio-*.tar, skipped.jsonl, SHA256SUMS.
+        codec: OGG Vorbis quality 3 (21 MB per hour at most), Opus 31 kbit/s (15), or FLAC (75).
+        workers: Processes; default: one per CPU.
+    """
+    from tqdm import tqdm
+
+    from duolect.audio.codec import FORMATS
+    from duolect.data import prepare as preparation
+
+    if check is not None:
+        wrong = preparation.check(check)
+        print("\n".join(wrong) or f"{check}: all files are as they were written")
+        return 1 if wrong else 0
+    for name, value in (("limit", limit), ("hours", hours), ("workers", workers), ("shard", shard)):
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} {value}: expected more than 0")
+    if not sources or out is None:
+        raise ValueError("expected sources and --out FOLDER, or --check FOLDER: duolect prepare --help")
+    plan = preparation.plan(sources, out, codec=codec, limit=limit, hours=hours, size=shard)
+    takes = ", ".join(f"{preparation.shown(plan.gigabytes(name))} as {name}" for name in sorted(FORMATS, key=lambda name: name != codec))
+    print(f"{plan.utterances:,} utterances, about {plan.seconds / 3600:,.1f} h in {len(plan.parts)} shards: about {takes}", file=sys.stderr)
+    stored: list[preparation.Shard] = []
+    with tqdm(total=plan.utterances, unit=" utterances", desc=str(out), mininterval=1 if sys.stderr.isatty() else 30, smoothing=0.1) as bar:
+
+        def done(shard: preparation.Shard) -> None:
+            stored.append(shard)
+            failed = sum(len(x.skipped) for x in stored)
+            bar.set_postfix_str(f"{sum(x.seconds for x in stored) / 3600:.2f} h, {failed} failed", refresh=False)
+            bar.update(shard.utterances + len(shard.skipped))
+
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        lost = preparation.prepare(plan, workers=workers or cpus, max_share_lost=max_failed, done=done)
+    hours_done, size = sum(x.seconds for x in stored) / 3600, sum(x.bytes for x in stored) / 1e6
+    print(f"{out / preparation.MANIFEST}: {hours_done:,.2f} h, {size:,.1f} MB ({size / max(hours_done, 1e-9):,.1f} MB per hour)")
+    for reason, count in Counter(x.reason for x in lost).most_common():
+        print(f"  {count} left out: {reason}; see {out / preparation.SKIPPED}", file=sys.stderr)
+    return 1 if lost else 0
+
+
+def units(source: Positional[Path], /, out: Path, size: int = 1024, case: Literal["lower", "upper", "keep"] = "lower") -> int:
+    """Trains SentencePiece units on the texts of a manifest, or on the lines of a text file.
+
+    Args:
+        source: Manifest, folder with manifest.jsonl, or text file with a sentence a line.
+        out: Folder for vocabulary.json and sentencepiece.model.
+        size: Number of pieces; the blank of a CTC model comes behind them.
+        case: What is made of the texts.
+    """
+    from itertools import islice
+
+    from duolect.data.filter import with_case
+    from duolect.data.pieces import sentences, train_pieces
+
+    vocabulary = train_pieces(source, pieces=size, case=case)
+    out.mkdir(parents=True, exist_ok=True)
+    vocabulary.save(out)
+    texts = [with_case(text, case) for text in islice(sentences(source), 10_000)]
+    labels, words = sum(len(vocabulary.encode(text)) for text in texts), sum(len(text.split()) for text in texts)
+    print(f"{out}: {size} pieces ({vocabulary.digest()}), {labels / max(1, words):.2f} labels per word")
+    return 0
