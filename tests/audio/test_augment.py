@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from duolect.audio.augment import NO_AUGMENTATION, Augmentation, add_noise, augment_audio, change_speed, noise, random_for, spec_augment
+from duolect.audio.augment import (
+    NO_AUGMENTATION,
+    Augmentation,
+    SpecAugment,
+    add_noise,
+    augment_audio,
+    change_speed,
+    hidden_features,
+    noise,
+    random_for,
+)
 
 SPEECH = np.sin(np.arange(16000) * 0.05).astype(np.float32) * 0.3
 
@@ -16,14 +25,12 @@ def test_same_seed_epoch_and_utterance_give_the_same() -> None:
     assert len(set(draws.values())) == 4
     one, two = (augment_audio(SPEECH, random_for(0, 3, "a"), Augmentation(noise_chance=1.0), others=[SPEECH]) for _ in range(2))
     assert np.array_equal(one, two) and one.dtype == np.float32
-    masked = [spec_augment(torch.ones(300, 80), random_for(0, 3, "a"), Augmentation()) for _ in range(2)]
-    assert torch.equal(*masked)
+    masked = [hidden_features(300, 80, random_for(0, 3, "a"), SpecAugment(), step=30_000) for _ in range(2)]
+    assert np.array_equal(*masked) and masked[0].any()
 
 
 def test_no_augmentation_is_none() -> None:
     assert np.array_equal(augment_audio(SPEECH, random_for(0, 0, "a"), NO_AUGMENTATION), SPEECH)
-    features = torch.randn(50, 80)
-    assert torch.equal(spec_augment(features, random_for(0, 0, "a"), NO_AUGMENTATION), features)
 
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
@@ -48,12 +55,19 @@ def test_every_colour_is_finite_and_as_long_as_asked(samples: int) -> None:
         assert made.shape == (samples,) and np.isfinite(made).all() and np.abs(made).max() > 0
 
 
-def test_masks_stay_within_their_widths_and_leave_the_input() -> None:
-    settings = Augmentation(time_masks=1, time_width=10, mel_masks=1, mel_width=5)
-    features = torch.arange(100.0)[:, None] + torch.rand(100, 80)
-    kept = features.clone()
-    for seed in range(20):
-        changed = spec_augment(features, random_for(seed, 0, "a"), settings) != features
-        assert int(changed.all(1).sum()) <= 10 and int(changed.all(0).sum()) <= 5
-    assert torch.equal(features, kept)
-    assert spec_augment(torch.ones(1, 80), random_for(0, 0, "a"), Augmentation()).shape == (1, 80)
+@pytest.mark.parametrize(
+    ("step", "times", "bands"), [(0, (0, 0), (0, 0)), (5_000, (0, 5), (0, 2)), (15_000, (1, 10), (1, 3)), (25_000, (2, 20), (2, 5))]
+)
+def test_masks_come_in_stages_and_within_their_widths(step: int, times: tuple[int, int], bands: tuple[int, int]) -> None:
+    """Widths of 1 make the numbers of masks countable, up to those that fall on the same place or are empty."""
+    settings, most = SpecAugment(time_width=1, mel_width=1), [0, 0]
+    for seed in range(300):
+        hidden = hidden_features(500, 80, random_for(seed, 0, "a"), settings, step=step)
+        most = [max(old, int(hidden.all(axis).sum())) for old, axis in zip(most, (1, 0), strict=True)]
+    assert most[0] <= times[1] and most[1] <= bands[1] and (most[0] > 0) == (times[1] > 0) and most[1] >= min(1, bands[1])
+
+
+def test_masks_fit_into_short_audio() -> None:
+    assert hidden_features(1, 80, random_for(0, 0, "a"), SpecAugment(ramp=(0, 0, 0)), step=0).shape == (1, 80)
+    wide = [hidden_features(100, 80, random_for(i, 0, "a"), SpecAugment(ramp=(0, 10**9, 10**9)), step=0) for i in range(50)]
+    assert max(int(x.all(1).sum()) for x in wide) <= 2 * 20 and max(int(x.all(0).sum()) for x in wide) <= 2 * 16

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import soxr
-from torch import Tensor
 
 from duolect.audio.io import SAMPLE_RATE
+from duolect.config import registered
 
 
+@registered
+@dataclass(frozen=True)
+class SpecAugment:
+    """Which share of the log-mel features is hidden (arXiv 1904.08779, with the counts of paper.md 1.2).
+
+    ramp: updates from which one, two, all three of the stages are on. Widths are maxima, in frames of 10 ms and in mel bins.
+    """
+
+    ramp: tuple[int, int, int] = (5_000, 15_000, 25_000)
+    time_width: int = 20
+    mel_width: int = 16
+
+
+@registered
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly to augment. Chances in 0..1, SNR in dB, mask widths in frames of 10 ms and in mel bins; 0 masks switch masking off."""
+    """How strongly to augment. Chances in 0..1, SNR in dB."""
 
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
     noise_chance: float = 0.5
     snr_db: tuple[float, float] = (5.0, 30.0)
-    time_masks: int = 2
-    time_width: int = 30
-    mel_masks: int = 2
-    mel_width: int = 14
+    spec: SpecAugment | None = field(default_factory=SpecAugment)
 
 
-NO_AUGMENTATION = Augmentation(speeds=(1.0,), noise_chance=0.0, time_masks=0, mel_masks=0)
+NO_AUGMENTATION = Augmentation(speeds=(1.0,), noise_chance=0.0, spec=None)
 
 
 def random_for(seed: int, epoch: int, utterance: str, purpose: str = "augment") -> np.random.Generator:
@@ -73,16 +84,21 @@ def noise(samples: int, random: np.random.Generator, *, others: Sequence[np.ndar
     return np.fft.irfft(spectrum)[:samples].astype(np.float32)
 
 
-def spec_augment(features: Tensor, random: np.random.Generator, settings: Augmentation) -> Tensor:
-    """Log-mel features [F, mels] with bands of time and frequency set to their mean (arXiv 1904.08779); time masks grow with length."""
-    features, (frames, mels) = features.clone(), features.shape
-    mean = features.mean()
-    for _ in range(settings.time_masks * (1 + frames // 600) if settings.time_masks else 0):
-        width = int(random.integers(0, min(settings.time_width, frames // 5) + 1))
-        start = int(random.integers(0, frames - width + 1))
-        features[start : start + width] = mean
-    for _ in range(settings.mel_masks):
-        width = int(random.integers(0, min(settings.mel_width, mels) + 1))
-        start = int(random.integers(0, mels - width + 1))
-        features[:, start : start + width] = mean
-    return features
+def hidden_features(frames: int, mels: int, random: np.random.Generator, settings: SpecAugment, *, step: int) -> np.ndarray:
+    """Bool [frames, mels], true where update number `step` hides what is there: bands of time, more in longer audio, and of frequency."""
+    first, second, third = (int(step >= start) for start in settings.ramp)
+    hidden = np.zeros((frames, mels), bool)
+    most_time, most_mel = max(frames // 100, 2) * (first + second + 2 * third), 2 * first + second + 2 * third
+    for _ in range(int(random.integers(min(second + third, most_time), most_time + 1))):
+        start, end = _band(frames, settings.time_width, random)
+        hidden[start:end] = True
+    for _ in range(int(random.integers(min(second + third, most_mel), most_mel + 1))):
+        start, end = _band(mels, settings.mel_width, random)
+        hidden[:, start:end] = True
+    return hidden
+
+
+def _band(size: int, widest: int, random: np.random.Generator) -> tuple[int, int]:
+    width = int(random.integers(0, min(widest, size) + 1))
+    start = int(random.integers(0, size - width + 1))
+    return start, start + width

@@ -95,8 +95,11 @@ class CtcModel(nn.Module, AcousticModel):
 
     def heads(self, features: Tensor, lengths: Tensor, *, hidden: Tensor | None = None) -> Heads:
         """All heads' log-probs, for training; hidden: bool [B, F, mels], what SpecAugment hides."""
-        encoded = self.encoder(features, lengths, taps=tuple(self.aux_vocabularies), hidden=hidden)
-        aux = {n: self._heard(self.aux[str(n)], encoded.taps[n], encoded.lengths) for n in self.aux_vocabularies}
+        return self.of_encoded(self.encoder(features, lengths, taps=tuple(self.aux_vocabularies), hidden=hidden))
+
+    def of_encoded(self, encoded: Encoded) -> Heads:
+        """The log-probs of all heads whose layers were tapped."""
+        aux = {n: self._heard(self.aux[str(n)], encoded.taps[n], encoded.lengths) for n in self.aux_vocabularies if n in encoded.taps}
         return Heads(self._heard(self.head, encoded.frames, encoded.lengths), aux, encoded)
 
     def _heard(self, head: nn.Module, frames: Tensor, lengths: Tensor) -> CtcOutput:

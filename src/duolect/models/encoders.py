@@ -144,7 +144,8 @@ class WhisperEncoder(Encoder):
 
 def encoder_from_settings(settings: Mapping[str, object]) -> Encoder:
     """The encoder, weights not set, that `settings()` described."""
-    from duolect.models.conformer import ConformerDims, ConformerEncoder  # stands on this file
+    from duolect.models.conformer import ConformerDims, ConformerEncoder  # these stand on this file
+    from duolect.models.extended import ExtendedEncoder
 
     fields = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items() if name != "type"}
     kind = settings.get("type")
@@ -152,7 +153,9 @@ def encoder_from_settings(settings: Mapping[str, object]) -> Encoder:
         return WhisperEncoder(WhisperDims(**fields))  # pyright: ignore[reportArgumentType]
     if kind == "conformer":
         return ConformerEncoder(ConformerDims(**fields))  # pyright: ignore[reportArgumentType]
-    raise ValueError(f"encoder type {kind!r} is unknown; known: whisper, conformer")
+    if kind == "extended":
+        return ExtendedEncoder.of_settings(fields)
+    raise ValueError(f"encoder type {kind!r} is unknown; known: whisper, conformer, extended")
 
 
 def require_layers(taps: Sequence[int], depth: int, *, first: int = 1) -> None:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from duolect.audio.augment import random_for
-from duolect.train.loop import Loss, Task, TrainConfig, train
+from duolect.data.batching import dealt, shuffled_batches
+from duolect.train.loop import TrainConfig, train
+from duolect.train.optim import WarmUp
+from duolect.train.task import Batch, Place, Ratio, Task
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 
 MAX_LABELS = 400
@@ -39,12 +40,30 @@ class UnitLm:
     batch_labels: int = 3000
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=20_000, seconds=1500, learning_rates={"model": 3e-3}, warmup_steps=60, weight_decay=0.05, log_every=20, validate_every=300
+            seconds=1500, learning_rates={"model": 3e-3}, schedule=WarmUp(60), weight_decay=0.05, log_every=20, validate_every=300
         )
     )
 
 
-class UnitLmTask(Task[tuple[tuple[int, ...], ...]]):
+@dataclass(frozen=True)
+class Sentences(Batch):
+    """Labels [B, L] after bos, and up to eos; targets of padding are IGNORED."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"nats": int((self.targets != IGNORED).sum())}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"inputs": self.inputs, "targets": self.targets}
+
+    def on(self, device: torch.device) -> Sentences:
+        return Sentences(self.inputs.to(device), self.targets.to(device))
+
+
+class UnitLmTask(Task[tuple[int, ...], Sentences]):
     """Next-label prediction of sentences, each after bos and up to eos."""
 
     model: LlamaForCausalLM
@@ -64,40 +83,37 @@ class UnitLmTask(Task[tuple[tuple[int, ...], ...]]):
     def groups(self) -> Mapping[str, nn.Module]:
         return {"model": self.model}
 
-    def plan(self, epoch: int) -> Sequence[tuple[tuple[int, ...], ...]]:
-        random = random_for(self.recipe.train.seed, epoch, "sentences", "order")
-        order = sorted(self.sentences, key=lambda x: len(x) * random.uniform(0.9, 1.1))
-        batches: list[list[tuple[int, ...]]] = [[]]
-        for sentence in order:
-            if batches[-1] and (len(sentence) + 1) * (len(batches[-1]) + 1) > self.recipe.batch_labels:
-                batches.append([])
-            batches[-1].append(sentence)
-        return [tuple(batches[i]) for i in random.permutation(len(batches))]
+    def plan(self, epoch: int, parts: int) -> Sequence[Sequence[tuple[tuple[int, ...], ...]]]:
+        sizes, seed = [float(len(x) + 1) for x in self.sentences], self.recipe.train.seed
+        batches = shuffled_batches(sizes, batch_seconds=self.recipe.batch_labels, seed=seed, epoch=epoch, at_least=min(parts, len(sizes)))
+        return [dealt([self.sentences[i] for i in batch], parts=parts) for batch in batches]
 
-    def loss(self, batch: tuple[tuple[int, ...], ...], epoch: int) -> Loss:
+    def load(self, items: Sequence[tuple[int, ...]], place: Place) -> Sentences:
         bos, eos = self.vocabulary.bos, self.vocabulary.eos
-        inputs = nn.utils.rnn.pad_sequence([torch.tensor([bos, *x]) for x in batch], batch_first=True, padding_value=eos)
-        targets = nn.utils.rnn.pad_sequence([torch.tensor([*x, eos]) for x in batch], batch_first=True, padding_value=IGNORED)
+        inputs = nn.utils.rnn.pad_sequence([torch.tensor([bos, *x]) for x in items], batch_first=True, padding_value=eos)
+        targets = nn.utils.rnn.pad_sequence([torch.tensor([*x, eos]) for x in items], batch_first=True, padding_value=IGNORED)
+        return Sentences(inputs, targets)
+
+    def losses(self, batch: Sentences) -> Mapping[str, Tensor]:
         # Padding lies behind what counts, so causal attention needs no mask.
-        logits = self.model(input_ids=inputs, use_cache=False).logits
-        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return Loss(total, sum(len(x) + 1 for x in batch))
+        logits = self.model(input_ids=batch.inputs, use_cache=False).logits
+        return {"nats": F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")}
 
-    def validate(self) -> Mapping[str, float]:
-        nats = labels = 0.0
-        sentences = [x for x, _ in self.heldout]
-        for start in range(0, len(sentences), 32):
-            loss = self.loss(tuple(sentences[start : start + 32]), 0)
-            nats, labels = nats + float(loss.sum), labels + loss.count
-        words = sum(count + 1 for _, count in self.heldout)
-        return {"unit PPL": math.exp(nats / labels), "word PPL": math.exp(nats / words)}
+    def validate(self, rank: int, world: int) -> Mapping[str, Ratio]:
+        mine = self.heldout[rank::world]
+        device, nats, labels = next(self.model.parameters()).device, 0.0, 0
+        for start in range(0, len(mine), 32):
+            batch = self.load([x for x, _ in mine[start : start + 32]], Place()).on(device)
+            nats, labels = nats + float(self.losses(batch)["nats"]), labels + batch.counts["nats"]
+        words = sum(count + 1 for _, count in mine)
+        return {"unit PPL": Ratio(nats, labels, "exp"), "word PPL": Ratio(nats, words, "exp")}
 
-    def save(self, folder: Path, *, note: str) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.model.config.save_pretrained(folder)
         tied = {"lm_head.weight"}
-        weights = {name: value.half().contiguous() for name, value in self.model.state_dict().items() if name not in tied}
-        save_file(weights, folder / "model.safetensors.part", metadata={"format": "pt"})
+        halves = {name: value.half().contiguous() for name, value in weights.items() if name not in tied}
+        save_file(halves, folder / "model.safetensors.part", metadata={"format": "pt"})
         (folder / "model.safetensors.part").replace(folder / "model.safetensors")
         self.vocabulary.save(folder)
         (folder / "README.md").write_text(f"{self.card}\nTrained so far: {note}.\n")

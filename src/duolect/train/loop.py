@@ -5,272 +5,309 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import random
-import sys
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from duolect.train.optim import Decay, adamw, rate_share, set_rates
+from duolect.config import registered
+from duolect.train.checkpoint import (
+    STATE,
+    TrainError,
+    check_room,
+    load_state,
+    mean_weights,
+    read_weights,
+    save_state,
+    set_weights,
+    weights_of,
+    write_weights,
+)
+from duolect.train.loader import updates
+from duolect.train.monitor import Monitor
+from duolect.train.optim import Average, Schedule, WarmUp, adamw, set_rates
+from duolect.train.parallel import World
+from duolect.train.task import Batch, Place, Task
 
-Batch = TypeVar("Batch")
-STATE = "state.pt"
+__all__ = ["Place", "Task", "TrainConfig", "TrainError", "train"]
 
 
-class TrainError(RuntimeError):
-    """Training cannot go on; the message is one line: where, what, next step."""
-
-
+@registered
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. learning_rates: peak per parameter group. seconds: a budget of wall-clock time (s) that ends and decays the run earlier
-    than `steps` would; batches then are still those of (seed, epoch). average: decay per step of a moving average of the weights, which
-    then is what is validated and saved (small batches at high rates are noisy); 0: none."""
+    """How to train. The run ends at the first of epochs, updates (steps) and seconds of work that is given.
 
-    steps: int
+    learning_rates: peak per parameter group. accumulate: micro-batches per process and update. average: decay per update of a moving
+    average of the weights, which then is what is validated and saved; 0: none. keep_best: so many of the best validated weights are kept,
+    and their mean is tried at the end. watch: the figure that decides what is best (the first one where it is empty). A budget in seconds
+    makes the learning rate follow the clock: only runs without one repeat themselves to the bit.
+    """
+
     learning_rates: Mapping[str, float]
+    epochs: float | None = None
+    steps: int | None = None
     seconds: float | None = None
-    warmup_steps: int = 100
-    decay: Decay = "cosine"
-    final_share: float = 0.01
+    schedule: Schedule = field(default_factory=WarmUp)
     weight_decay: float = 0.01
+    eps: float = 1e-8
     clip: float = 1.0
+    accumulate: int = 1
     average: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
+    workers: int = 0
     log_every: int = 20
     validate_every: int = 500
     save_every: int = 200
+    keep_best: int = 0
+    watch: str = ""
 
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss as (sum, count), so that batches of any size add up; seconds: of audio in the batch, 0 where there is none."""
-
-    sum: Tensor
-    count: int
-    seconds: float = 0.0
-
-
-class Task(ABC, Generic[Batch]):
-    """What is trained: a model, its batches and its loss."""
-
-    model: nn.Module
-
-    @abstractmethod
-    def groups(self) -> Mapping[str, nn.Module]:
-        """Modules by the name of their learning rate; a parameter belongs to the first that holds it."""
-
-    @abstractmethod
-    def plan(self, epoch: int) -> Sequence[Batch]:
-        """The batches of an epoch, a pure function of it, so that a resumed run goes on where it stopped."""
-
-    @abstractmethod
-    def loss(self, batch: Batch, epoch: int) -> Loss:
-        """The loss of one batch, with gradient."""
-
-    @abstractmethod
-    def validate(self) -> Mapping[str, float]:
-        """Figures of the model as it is (in eval mode, without gradient)."""
-
-    @abstractmethod
-    def save(self, folder: Path, *, note: str) -> None:
-        """Writes a model folder that can be used; note: how far the training was, for its card."""
-
-
-@dataclass(frozen=True)
-class _Position:
-    """Where a run is: step (0-based, the next one), epoch, next batch of the epoch, seconds of work spent."""
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    seconds: float = 0.0
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.steps is None and self.seconds is None:
+            raise ValueError("a run needs an end: give epochs, steps or seconds")
+        for name in ("log_every", "validate_every", "save_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected >= 1")
 
 
 @dataclass
-class _Window:
-    """Sums since the last log line."""
+class _Run:
+    """What one call of `train` works with."""
 
-    loss: float = 0.0
-    count: int = 0
-    audio: float = 0.0
-    grad_norm: float = 0.0
-    steps: int = 0
-    since: float = field(default_factory=time.monotonic)
+    task: Task[Any, Any]
+    config: TrainConfig
+    folder: Path
+    world: World
+    optimizer: torch.optim.Optimizer
+    trainable: list[nn.Parameter]
+    average: Average
+    monitor: Monitor
+    best: dict[str, float] = field(default_factory=dict)  # file name to the watched figure, best first
+    stand_in: Batch | None = None  # of an empty micro-batch in a sharded run, where all processes must take part in every pass
 
-
-class Average:
-    """The exponential moving average of parameters, young at first: its decay grows with the steps (1 + n) / (10 + n) to `decay`."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.values = [p.detach().clone() for p in parameters] if decay else []
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Takes the parameters in after update number `step` (0-based)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        if self.values:
-            for value, parameter in zip(self.values, self.parameters, strict=True):
-                value.lerp_(parameter, 1 - decay)
-
-    @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
-        """The parameters are the average inside the block, and what they were behind it."""
-        now = [p.detach().clone() for p in self.parameters] if self.values else []
-        with torch.no_grad():
-            for p, value in zip(self.parameters, self.values, strict=bool(self.values)):
-                p.copy_(value)
-            try:
-                yield
-            finally:
-                for p, value in zip(self.parameters, now, strict=bool(now)):
-                    p.copy_(value)
+    def progress(self, place: Place, per_epoch: int) -> float:
+        """0 .. 1 of the whole run."""
+        c = self.config
+        epoch = place.epoch + place.update / max(1, per_epoch)
+        pairs = ((epoch, c.epochs), (place.step, c.steps), (place.seconds, c.seconds))
+        return max(done / whole for done, whole in pairs if whole is not None)
 
 
-def train(task: Task[Any], config: TrainConfig, folder: str | Path) -> Mapping[str, float]:
-    """The last validation figures, after training to the end; goes on where an earlier run in `folder` stopped.
+def train(
+    task: Task[Any, Any],
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    world: World | None = None,
+    layers: Sequence[nn.Module] = (),
+    mirror: str = "",
+) -> Mapping[str, float]:
+    """The figures of the model that was saved at the end; goes on where an earlier run in `folder` stopped.
 
-    Writes folder/metrics.jsonl, folder/model (the newest usable model) and folder/state.pt (to resume). Raises TrainError on a loss that
-    is not finite.
+    Writes folder/metrics.jsonl, folder/model (the newest usable model, at the end the best) and folder/state.safetensors (to go on from).
+    layers: what is sharded by itself in a sharded run. mirror: `tensorboard`, `wandb` or `trackio`, also to write to. Raises TrainError
+    for a loss that is not finite, and for a folder that is too small or belongs to another configuration.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, world = Path(folder), world or World()
+    if world.first:
+        check_room(folder, task.model, copies=8 + config.keep_best)
     torch.manual_seed(config.seed)
-    optimizer = adamw(task.groups(), config.learning_rates, weight_decay=config.weight_decay)
+    world.place(task.network, layers)
+    optimizer = adamw(task.groups(), config.learning_rates, weight_decay=config.weight_decay, eps=config.eps)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     average = Average(trainable, config.average)
-    place = _resume(task, optimizer, average, folder)
-    started, window, figures = time.monotonic() - place.seconds, _Window(), {}
-    batches: Sequence[Any] = task.plan(place.epoch)
+    place, best = Place(), dict[str, float]()
+    if (folder / STATE).is_file():
+        place, note = load_state(folder / STATE, task.model, optimizer, average)
+        best = {str(name): float(value) for name, value in note["best"].items()}
+    monitor = Monitor(folder, world, place, mirror=mirror)
+    run = _Run(task, config, folder, world, optimizer, trainable, average, monitor, best)
+    figures: Mapping[str, float] = {}
     task.model.train()
-    while (progress := _progress(place, config)) < 1.0:
-        if place.batch >= len(batches):
-            place = replace(place, epoch=place.epoch + 1, batch=0)
-            batches = task.plan(place.epoch)
-            if not batches:
-                raise TrainError(f"{folder}: epoch {place.epoch} has no batch: check the training data and its filters")
-        share = rate_share(place.step, progress, warmup_steps=config.warmup_steps, decay=config.decay, final_share=config.final_share)
+    for now, per_epoch, micros in updates(
+        task, place, rank=world.rank, world=world.size, accumulate=config.accumulate, workers=config.workers
+    ):
+        place = replace(now, seconds=monitor.seconds)
+        if run.progress(place, per_epoch) >= 1.0:
+            break
+        share = config.schedule.share(place.step, run.progress(place, per_epoch))
         rates = set_rates(optimizer, share)
-        # Dropout is a function of the step too: a resumed run repeats nothing and skips nothing.
-        torch.manual_seed(random.Random(f"{config.seed}/{place.step}").getrandbits(48))
-        _step(task, optimizer, trainable, batches[place.batch], place, config, window)
+        # Dropout is a function of the update and the process too: a resumed run repeats nothing and skips nothing.
+        torch.manual_seed(random.Random(f"{config.seed}/{place.step}/{world.rank}").getrandbits(48))
+        _update(run, place, micros)
         average.update(place.step)
-        place = replace(place, step=place.step + 1, batch=place.batch + 1, seconds=time.monotonic() - started)
-        if place.step % config.log_every == 0:
-            window = _log(folder, place, config, window, rates)
-        last = _progress(place, config) >= 1.0
-        if last or place.step % config.validate_every == 0:
+        place = Place(place.step + 1, place.epoch, place.update + 1, monitor.seconds)
+        progress = run.progress(place, per_epoch)
+        monitor.step(place, progress, rates, log=place.step % config.log_every == 0)
+        if place.step % config.validate_every == 0 and progress < 1.0:
             with average.used():
-                figures = _validate(task, folder, place)
-        if last or place.step % config.save_every == 0:
-            _save(task, optimizer, average, folder, replace(place, seconds=time.monotonic() - started))
-    return figures
+                figures = _validated(run, place)
+                _keep(run, place, figures)
+        if place.step % config.save_every == 0 or progress >= 1.0:
+            _save(run, place)
+    return _finish(run, place) if place.step else figures
 
 
-def _progress(place: _Position, config: TrainConfig) -> float:
-    return max(place.step / config.steps, place.seconds / config.seconds if config.seconds else 0.0)
+def _update(run: _Run, place: Place, micros: Sequence[tuple[tuple[Any, ...], Batch | None]]) -> None:
+    """One update of the weights from this process's micro-batches; its figures go to the monitor."""
+    config, world = run.config, run.world
+    names = sorted({name for _, batch in micros if batch for name in batch.counts})
+    if world.size > 1:  # an empty process must name the same losses
+        gathered: list[Any] = [None] * world.size
+        torch.distributed.all_gather_object(gathered, names)
+        names = sorted({name for part in gathered for name in part})
+    counts = world.total({name: float(sum(b.counts.get(name, 0) for _, b in micros if b)) for name in names})
+    sums = dict.fromkeys(names, 0.0)
+    seconds = 0.0
+    for items, batch in micros:
+        if batch is not None:
+            for name, value in _backward(run, items, batch, counts, place).items():
+                sums[name] += value
+            seconds, run.stand_in = seconds + batch.seconds, batch
+        elif world.sharded:
+            if run.stand_in is None:
+                raise TrainError(
+                    f"update {place.step}: the first batch of process {world.rank} is empty: use smaller batches or fewer processes"
+                )
+            _backward(run, items, run.stand_in, counts, place, factor=0.0)
+    world.sum_gradients(run.trainable)
+    sums = world.total({**sums, "seconds": seconds})
+    seconds = sums.pop("seconds")
+    norm = float(_whole(nn.utils.clip_grad_norm_(run.trainable, config.clip)))
+    if not (math.isfinite(norm) and all(map(math.isfinite, sums.values()))):
+        raise TrainError(_report_nan(run, place, micros, sums, norm))
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.monitor.add(sums, counts, norm, seconds)
 
 
-def _step(
-    task: Task[Any],
-    optimizer: torch.optim.Optimizer,
-    trainable: list[Tensor],
-    batch: Any,
-    place: _Position,
-    config: TrainConfig,
-    window: _Window,
-) -> None:
-    """One update; adds its figures to the window."""
-    device = trainable[0].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
-        loss = task.loss(batch, place.epoch)
-    (loss.sum / max(1, loss.count)).backward()
-    norm = float(nn.utils.clip_grad_norm_(trainable, config.clip))
-    total = float(loss.sum.detach())
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        raise TrainError(
-            f"step {place.step}: the loss is {total}, the gradient norm {norm}: epoch {place.epoch}, batch {place.batch}; "
-            "lower the learning rate or look at that batch, then start again from the last saved state"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    window.loss, window.count, window.audio = window.loss + total, window.count + loss.count, window.audio + loss.seconds
-    window.grad_norm, window.steps = window.grad_norm + norm, window.steps + 1
+def _backward(
+    run: _Run, items: tuple[Any, ...], batch: Batch, counts: Mapping[str, float], place: Place, *, factor: float = 1.0
+) -> dict[str, float]:
+    """The sums of the losses of a micro-batch, whose gradients are added; out of memory, it is tried again in halves."""
+    task, world = run.task, run.world
+    counting = run.monitor.wants_flops
+    try:
+        with FlopCounterMode(display=False) if counting else contextlib.nullcontext() as flops:
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+                losses = task.losses(batch.on(world.device))
+            total = sum(task.weight(name) * value / max(1.0, counts.get(name, 0.0)) for name, value in losses.items())
+            assert isinstance(total, Tensor)
+            (total * (factor * world.loss_factor)).backward()
+        if counting and flops is not None:
+            run.monitor.flops(flops.get_total_flops(), batch.seconds)
+        return {name: float(value.detach()) for name, value in losses.items()}
+    except torch.OutOfMemoryError:
+        if world.sharded:
+            raise TrainError(f"update {place.step}: out of memory, and shards cannot go on alone: use smaller batches") from None
+    torch.cuda.empty_cache()
+    ids = ", ".join(task.name_of(x) for x in items)
+    if len(items) == 1:
+        run.monitor.say(f"update {place.step}: out of memory, left out: {ids}")
+        return {}
+    run.monitor.say(f"update {place.step}: out of memory, in halves: {ids}")
+    sums: dict[str, float] = {}
+    for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+        smaller = task.load(half, place)
+        for name, value in (_backward(run, half, smaller, counts, place) if smaller is not None else {}).items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
 
 
-def _log(folder: Path, place: _Position, config: TrainConfig, window: _Window, rates: Mapping[str, float]) -> _Window:
-    """Writes one line of metrics and of progress; a fresh window."""
-    spent = time.monotonic() - window.since
-    speed, progress = window.audio / spent, _progress(place, config)
-    left = place.seconds / progress - place.seconds
-    loss = window.loss / max(1, window.count)
-    norm = window.grad_norm / window.steps
-    _append(
-        folder,
-        {
-            "step": place.step,
-            "epoch": place.epoch,
-            "seconds": round(place.seconds, 1),
-            "loss": round(loss, 5),
-            "lr": dict(rates),
-            "grad_norm": round(norm, 4),
-            "audio_per_second": round(speed, 2),
-        },
+def _report_nan(
+    run: _Run, place: Place, micros: Sequence[tuple[tuple[Any, ...], Batch | None]], sums: Mapping[str, float], norm: float
+) -> str:
+    """The message for a loss that is not finite, after the update's batches were written beside the run."""
+    path = run.folder / f"not-finite-{place.step}-{run.world.rank}.safetensors"
+    tensors = {f"{i}.{name}": x for i, (_, batch) in enumerate(micros) if batch for name, x in batch.tensors().items()}
+    ids = [run.task.name_of(x) for items, _ in micros for x in items]
+    write_weights(path, tensors, note={"ids": ids, "losses": {name: repr(x) for name, x in sums.items()}})
+    shown = ", ".join(f"{name} {value:g}" for name, value in sums.items())
+    return (
+        f"update {place.step}, epoch {place.epoch}: the losses are {shown}, the gradient norm {norm:g}: the batch is in {path}; look at "
+        f"it ({', '.join(ids[:3])} ...) or lower the learning rate, then start again from the last saved state with the same command"
     )
-    heard = f" · {speed:5.1f} s audio/s" if window.audio else ""
-    line = (
-        f"step {place.step:5d} · epoch {place.epoch} · loss {loss:7.4f} · lr {max(rates.values()):.1e} · grad {norm:6.2f}{heard}"
-        f" · {100 * progress:4.1f}% · {left / 60:.0f} min left"
-    )
-    print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-    return _Window()
 
 
 @torch.inference_mode()
-def _validate(task: Task[Any], folder: Path, place: _Position) -> Mapping[str, float]:
-    task.model.eval()
-    figures = dict(task.validate())
-    task.model.train()
-    _append(folder, {"step": place.step, "epoch": place.epoch, "seconds": round(place.seconds, 1), "validation": figures})
-    print(f"step {place.step:5d} · " + " · ".join(f"{name} {value:.2f}" for name, value in figures.items()), file=sys.stderr, flush=True)
+def _validated(run: _Run, place: Place, label: str = "") -> dict[str, float]:
+    """The figures of the model as it is, over all processes."""
+    run.task.model.eval()
+    ratios = run.task.validate(run.world.rank, run.world.size)
+    run.task.model.train()
+    sums = run.world.total({f"{part}/{name}": getattr(r, part) for name, r in ratios.items() for part in ("sum", "count")})
+    figures = {name: replace(r, sum=sums[f"sum/{name}"], count=sums[f"count/{name}"]).value for name, r in ratios.items()}
+    run.monitor.figures(place, figures, label)
     return figures
 
 
-def _append(folder: Path, line: Mapping[str, Any]) -> None:
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+def _watched(run: _Run, figures: Mapping[str, float]) -> float:
+    name = run.config.watch or next(iter(figures), "")
+    if name not in figures:
+        raise TrainError(f"watch names {name!r}, but validation gives {', '.join(figures) or 'nothing'}: correct `watch`")
+    return figures[name] if math.isfinite(figures[name]) else math.inf
 
 
-def _save(task: Task[Any], optimizer: torch.optim.Optimizer, average: Average, folder: Path, place: _Position) -> None:
-    """The model to use and the state to resume from; each replaced whole, so that a kill leaves the older one."""
-    with average.used():
-        task.save(folder / "model", note=f"step {place.step}, {place.seconds / 60:.0f} minutes of training")
-    state = {"model": task.model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values, "place": vars(place)}
-    torch.save(state, folder / f"{STATE}.part")
-    os.replace(folder / f"{STATE}.part", folder / STATE)
+def _keep(run: _Run, place: Place, figures: Mapping[str, float]) -> None:
+    """Keeps the weights as they are now if they are among the best, and drops what no longer is."""
+    if not run.config.keep_best or not figures:
+        return
+    name = f"checkpoints/step-{place.step}.safetensors"
+    ranked = dict(sorted({**run.best, name: _watched(run, figures)}.items(), key=lambda pair: pair[1])[: run.config.keep_best])
+    if name in ranked:
+        weights = weights_of(run.task.model)
+        if run.world.first:
+            write_weights(run.folder / name, weights)
+    if run.world.first:
+        for old in run.best.keys() - ranked.keys():
+            (run.folder / old).unlink(missing_ok=True)
+    run.best = ranked
 
 
-def _resume(task: Task[Any], optimizer: torch.optim.Optimizer, average: Average, folder: Path) -> _Position:
-    path = folder / STATE
-    if not path.is_file():
-        return _Position()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        task.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values = state["average"]
-    except (RuntimeError, ValueError, KeyError) as error:
-        cause = " ".join(str(error).split())[:160]
-        raise TrainError(f"{path}: was saved by another configuration ({cause}): name another run folder") from error
-    place = _Position(**state["place"])
-    print(f"goes on at step {place.step}, epoch {place.epoch} of {folder}", file=sys.stderr, flush=True)
-    return place
+def _save(run: _Run, place: Place) -> None:
+    """The model to use and the state to go on from; each replaced whole, so that a kill leaves the older one."""
+    with run.average.used():
+        weights = weights_of(run.task.model)
+    if run.world.first:
+        run.task.save(run.folder / "model", weights, note=_note(place))
+    save_state(run.folder / STATE, run.task.model, run.optimizer, run.average, place, run.world, note={"best": run.best})
+
+
+def _finish(run: _Run, place: Place) -> dict[str, float]:
+    """The figures of the best of: the last weights, the best validated ones, their mean; that one becomes the model."""
+    with run.average.used():
+        weights = weights_of(run.task.model)
+        figures = _validated(run, place)
+    paths = [run.folder / name for name in run.best]
+    tries: list[tuple[str, Callable[[], dict[str, Tensor]]]] = []
+    if paths and figures:
+        tries.append((f"best ({paths[0].stem})", lambda: read_weights(paths[0])[0]))
+    if len(paths) > 1 and figures:
+        tries.append((f"mean of the {len(paths)} best", lambda: mean_weights(paths)))
+    chosen, last = "last", weights_of(run.task.model) if tries else {}
+    for label, make in tries:
+        candidate = make()
+        set_weights(run.task.model, candidate)
+        found = _validated(run, place, label)
+        if _watched(run, found) < _watched(run, figures):
+            chosen, weights, figures = label, candidate, found
+    if tries:
+        set_weights(run.task.model, last)
+    if run.world.first:
+        run.task.save(run.folder / "model", weights, note=f"{_note(place)}; weights: {chosen}")
+        (run.folder / "result.json").write_text(json.dumps({"step": place.step, "weights": chosen, **figures}, indent=1) + "\n")
+    run.world.barrier()
+    return figures
+
+
+def _note(place: Place) -> str:
+    return f"update {place.step}, {place.seconds / 60:.0f} minutes of training"
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]

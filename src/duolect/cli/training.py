@@ -1,0 +1,64 @@
+"""train: acoustic models by recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+def train(
+    recipe: Positional[str],
+    out: Path | None = None,
+    train: tuple[str, ...] = (),
+    dev: tuple[str, ...] = (),
+    text: str = "",
+    set: Annotated[tuple[str, ...], arg(help="Deviations from the recipe: field=value ..., such as training.epochs=20.")] = (),
+    device: str | None = None,
+    shard: Annotated[bool, arg(help="Cut the model over the processes (FSDP2) instead of copying it.")] = False,
+    mirror: Literal["", "tensorboard", "wandb", "trackio"] = "",
+    show: Annotated[bool, arg(help="Print the resolved experiment and stop.")] = False,
+) -> int:
+    """Trains an acoustic model; the same command goes on where it stopped.
+
+    Example: duolect train tiny
+    Several GPUs: torchrun --no-python --nproc-per-node 8 duolect train ...
+    Example: duolect train mini --train real/manifest.jsonl synth/manifest.jsonl --dev dev/manifest.jsonl --out runs/mini
+
+    Args:
+        recipe: tiny, mini, whisper_top, whisper_ctc, librispeech_aed, librispeech_aed_base, loquacious_aed or continued.
+        out: Run folder; default: runs/<recipe>.
+        train: Speech with transcripts: manifests, folders, LibriSpeech trees, folders that `duolect prepare` made.
+        dev: Validation sets, the same kinds; the first decides which weights are best.
+        text: Text that units are made of; default: the training transcripts.
+        device: cpu or cuda; default: a GPU if there is one.
+        mirror: Also write the metrics there.
+    """
+    import difflib
+    import json
+
+    from duolect.config import ConfigError, diff, to_json, with_overrides
+    from duolect.recipes import asr
+    from duolect.run import write_json
+    from duolect.train.parallel import join
+
+    if recipe not in asr.RECIPES:
+        near = difflib.get_close_matches(recipe, asr.RECIPES, 1)
+        raise ValueError(f"recipe {recipe!r} is unknown{f', is {near[0]} meant?' if near else ''}; known: {', '.join(asr.RECIPES)}")
+    if recipe != "tiny" and not train:
+        raise ValueError(f"{recipe} needs speech to learn from: name manifests or folders with --train")
+    plain = asr.RECIPES[recipe](train, dev, text)
+    if bad := [x for x in set if "=" not in x]:
+        raise ConfigError(f"--set {bad[0]}: expected field=value, such as training.epochs=20")
+    experiment = with_overrides(plain, dict(x.split("=", 1) for x in set))
+    if show:
+        print(json.dumps(to_json(experiment), indent=1))
+        return 0
+    out = out or Path("runs") / recipe
+    world = join("shard" if shard else "replicate", device)
+    figures = asr.run(experiment, out, world=world, mirror=mirror)
+    if world.first:
+        write_json(out / "deviations.json", diff(plain, experiment))
+        print(f"{out / 'model'}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    return 0

@@ -1,0 +1,361 @@
+"""Acoustic models: what an experiment is, the recipes that make one, and running it. `duolect train <recipe>` is this file.
+
+A recipe is a function of its data that returns a frozen AsrExperiment; deviations are `--set field=value` and are recorded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import duolect
+from duolect.audio.augment import Augmentation, SpecAugment, random_for
+from duolect.config import registered
+from duolect.data.filter import Case, Labelled, usable
+from duolect.data.pieces import train_pieces
+from duolect.data.sources import open_source
+from duolect.models.aed import AedModel
+from duolect.models.attention_decoder import DecoderDims
+from duolect.models.conformer import PRESETS, ConformerDims, ConformerEncoder
+from duolect.models.ctc import CtcModel
+from duolect.models.embedded import resolve
+from duolect.models.encoders import Encoder, WhisperEncoder
+from duolect.models.extended import ExtendedEncoder, TopDims
+from duolect.models.warm_start import warm_start
+from duolect.run import RunFolder
+from duolect.train.asr import AsrTask, Corpus, Learning
+from duolect.train.loop import TrainConfig, TrainError, train
+from duolect.train.optim import Piecewise, WarmUp
+from duolect.train.parallel import World
+from duolect.vocabulary import SentencePieceVocabulary, load_vocabulary
+
+DEMO = Path(duolect.__file__).parent / "embedded" / "demo" / "manifest.jsonl"
+
+
+@registered
+@dataclass(frozen=True)
+class Units:
+    """What the model writes. size: pieces, made of `text` (a text file or manifest; the training texts where it is empty); folder: a model
+    folder whose units are taken instead."""
+
+    size: int = 256
+    text: str = ""
+    case: Case = "lower"
+    folder: str = ""
+
+
+@registered
+@dataclass(frozen=True)
+class FromWhisper:
+    """Whisper's encoder, its layers above merge_after at 25 Hz; frozen: layers at rest, from below (with the convolutions)."""
+
+    whisper: str = "whisper-base"
+    merge_after: int = 2
+    frozen: int = 2
+    top: TopDims | None = None
+
+
+@registered
+@dataclass(frozen=True)
+class AsrExperiment:
+    """An acoustic model and how it comes about. heads: layers with an auxiliary CTC head. checks: validation sets by name, the first one
+    decides what is best. held_out: so many training utterances of rare speakers are kept for the check `held-out`. start: a model folder or
+    checkpoint whose weights are taken where they fit."""
+
+    recipe: str
+    corpora: tuple[Corpus, ...]
+    training: TrainConfig
+    encoder: ConformerDims | FromWhisper
+    checks: Mapping[str, str] = field(default_factory=dict)
+    units: Units = field(default_factory=Units)
+    heads: tuple[int, ...] = ()
+    decoder: DecoderDims | None = None
+    learning: Learning = field(default_factory=Learning)
+    held_out: int = 0
+    start: str = ""
+    max_seconds: float = 19.5
+    max_share_lost: float = 0.2
+
+
+Recipe = Callable[[Sequence[str], Sequence[str], str], AsrExperiment]
+
+
+def tiny(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
+    """Two minutes on a CPU: a small Conformer CTC that learns the demo recordings by heart, to see that everything works."""
+    dims = ConformerDims.of(layers=3, dim=96, kernel=15, channels=(16, 32, 32), subsampling=4, dropout=0.0, attention_dropout=0.0)
+    clean = Augmentation(speeds=(1.0,), noise_chance=0.0, spec=None)
+    return AsrExperiment(
+        "tiny",
+        tuple(Corpus(x, augment=clean) for x in sources or [str(DEMO)]),
+        TrainConfig({"top": 4e-3, "encoder": 4e-3}, steps=400, schedule=WarmUp(50), log_every=20, validate_every=100, save_every=100),
+        dims,
+        _named(checks or sources or [str(DEMO)]),
+        Units(48, text),
+        learning=Learning(batch_seconds=30.0),
+        max_seconds=35.0,
+    )
+
+
+def mini(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
+    """A useful model of some 30 hours of speech in two hours on two CPU cores, or minutes on a GPU: Conformer 12 x 192, CTC + AED.
+
+    Real speech first, then synthesized: the first source is heard whole in every epoch, half as much again of each other.
+    """
+    dims = ConformerDims.of(layers=12, dim=192, kernel=15, channels=(32, 32, 32), subsampling=6)
+    spec = SpecAugment(ramp=(500, 1500, 3000))
+    return AsrExperiment(
+        "mini",
+        tuple(
+            Corpus(x, 1.0 if i == 0 else 0.15, Augmentation(noise_chance=0.2 if i == 0 else 0.4, spec=spec)) for i, x in enumerate(sources)
+        ),
+        TrainConfig(
+            {"top": 1.5e-3, "encoder": 1.5e-3, "decoder": 1.5e-3},
+            epochs=60,
+            schedule=Piecewise(),
+            average=0.999,
+            precision="bf16" if torch.cuda.is_available() else "fp32",
+            validate_every=500,
+            save_every=250,
+            keep_best=4,
+        ),
+        dims,
+        _named(checks),
+        Units(256, text),
+        heads=(6,),
+        decoder=DecoderDims.of(layers=3, dim=192),
+        learning=Learning(batch_seconds=120.0),
+        held_out=40,
+    )
+
+
+def librispeech_aed(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
+    """The paper's LibriSpeech baseline (paper.md 1.3-1.9): Conformer 12 x 512, CTC at layers 4, 8, 12, decoder 6 x 512, 100 epochs."""
+    speeds = (0.7, 0.8, 0.9, 1.0, 1.1)
+    return AsrExperiment(
+        "librispeech_aed",
+        tuple(Corpus(x, augment=Augmentation(speeds=speeds, noise_chance=0.0)) for x in sources),
+        _paper(100.0),
+        PRESETS["small"],
+        _named(checks),
+        Units(10_240, text),
+        heads=(4, 8),
+        decoder=DecoderDims.of(layers=6, dim=512),
+        learning=Learning(batch_seconds=1000.0),
+    )
+
+
+def librispeech_aed_base(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
+    """The same with the Conformer of 16 x 1024, CTC at layers 4, 10, 16."""
+    return _base(librispeech_aed(sources, checks, text), "librispeech_aed_base")
+
+
+def loquacious_aed(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
+    """The paper's AED on Loquacious, 4 epochs (`--set training.epochs=20` for the long one): Conformer 16 x 1024, no change of speed."""
+    speech = tuple(Corpus(x, augment=Augmentation(speeds=(1.0,), noise_chance=0.0)) for x in sources)
+    experiment = _base(librispeech_aed(sources, checks, text), "loquacious_aed")
+    return replace(experiment, corpora=speech, training=_paper(4.0))
+
+
+def continued(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
+    """Two more epochs for a trained AED (`--set start=...`) at 1e-5 (paper: 5e-6, 1e-5, 2e-5): the fair rival of a speech LLM."""
+    experiment = loquacious_aed(sources, checks, text)
+    schedule = Piecewise(((0.0, 0.01), (0.05, 1.0), (0.9, 0.01), (1.0, 0.01)))
+    rates = dict.fromkeys(experiment.training.learning_rates, 1e-5)
+    return replace(
+        experiment, recipe="continued", training=replace(experiment.training, learning_rates=rates, epochs=2.0, schedule=schedule)
+    )
+
+
+def whisper_top(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
+    """The embedded CTC model, first half: Conformer layers on Whisper base's encoder, which rests; its frames are computed three times.
+
+    Real speech first, then synthesized. Go on with `whisper_ctc --set start=<run>/model`.
+    """
+    noise = Augmentation(noise_chance=0.35, snr_db=(8.0, 30.0), spec=None)
+    return AsrExperiment(
+        "whisper_top",
+        tuple(Corpus(x, 1.0 if i == 0 else 0.17, noise) for i, x in enumerate(sources)),
+        TrainConfig({"top": 1.5e-3, "encoder": 0.0}, seconds=4500, average=0.998, validate_every=500, save_every=250),
+        FromWhisper(frozen=6, top=TopDims(dim=288, layers=4, dropout=0.15, attention_dropout=0.15)),
+        _named(checks),
+        Units(256, text),
+        learning=Learning(batch_seconds=40.0, kept_versions=3),
+        held_out=40,
+        max_seconds=20.0,
+    )
+
+
+def whisper_ctc(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
+    """The embedded CTC model, second half: the encoder's upper layers learn too, at low rates, from what `whisper_top` left."""
+    first = whisper_top(sources, checks, text)
+    spec = SpecAugment(ramp=(0, 10**9, 10**9))
+    corpora = tuple(replace(x, augment=replace(x.augment, spec=spec)) for x in first.corpora)
+    training = replace(first.training, learning_rates={"top": 4e-4, "encoder": 6e-5}, seconds=3000)
+    encoder = FromWhisper(frozen=3, top=first.encoder.top) if isinstance(first.encoder, FromWhisper) else first.encoder
+    return replace(first, recipe="whisper_ctc", corpora=corpora, training=training, encoder=encoder, learning=Learning(batch_seconds=30.0))
+
+
+RECIPES: Mapping[str, Recipe] = {
+    f.__name__: f for f in (tiny, mini, whisper_top, whisper_ctc, librispeech_aed, librispeech_aed_base, loquacious_aed, continued)
+}
+
+
+def run(
+    experiment: AsrExperiment, out: Path, *, world: World, mirror: str = "", command: Sequence[str] | None = None
+) -> Mapping[str, float]:
+    """The figures of the trained model, which lies in out/model; the same experiment and folder go on where they stopped.
+
+    Raises RunError for a folder of another experiment, DataError, ModelError and TrainError.
+    """
+    if world.first:
+        RunFolder.open(out, recipe=experiment, device=str(world.device), seed=experiment.training.seed, command=command)
+    world.barrier()
+    vocabulary = _units(experiment, out, world)
+    torch.manual_seed(experiment.training.seed)
+    encoder = _encoder(experiment.encoder)
+    ctc = CtcModel(encoder, vocabulary, aux=dict.fromkeys(experiment.heads, vocabulary))
+    model = ctc if experiment.decoder is None else AedModel(ctc, experiment.decoder)
+    if experiment.start:
+        report = warm_start(model, experiment.start)
+        _say(world, str(report))
+    corpora, held = _corpora(experiment, ctc, out, world)
+    checks = {name: _check_set(source, ctc, experiment) for name, source in experiment.checks.items()}
+    if held:
+        checks["held-out"] = held
+    size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or rest) / 1e6 for rest in (True, False))
+    _say(world, f"{size:.1f} M parameters, {trained:.1f} M of them learn; on {world.size} x {world.device}")
+    card = f"# {experiment.recipe}\n\nTrained by duolect; the whole experiment is recipe.json of its run folder.\n"
+    task = AsrTask(model, experiment.learning, corpora, checks, seed=experiment.training.seed, card=card)
+    return train(task, experiment.training, out, world=world, layers=_layers(model), mirror=mirror)
+
+
+def _corpora(
+    experiment: AsrExperiment, ctc: CtcModel, out: Path, world: World
+) -> tuple[list[tuple[Corpus, Sequence[Labelled]]], list[Labelled]]:
+    """(each corpus with what can be learned from it, the utterances held out of the first); the rest is listed in skipped-<n>.jsonl."""
+    fastest = max([1.0, *(speed for corpus in experiment.corpora for speed in corpus.augment.speeds)])
+    corpora: list[tuple[Corpus, Sequence[Labelled]]] = []
+    held: list[Labelled] = []
+    for number, corpus in enumerate(experiment.corpora):
+        found = usable(
+            open_source(corpus.source).utterances,
+            ctc.vocabulary,
+            seconds_per_frame=ctc.seconds_per_frame * fastest,
+            max_seconds=experiment.max_seconds,
+            case=experiment.units.case,
+            max_share_lost=experiment.max_share_lost,
+            skipped=out / f"skipped-{number}.jsonl" if world.first else None,
+        )
+        items, apart = _held_out(found.items, experiment.held_out if number == 0 else 0)
+        held += apart
+        corpora.append((corpus, items))
+        hours = sum(x.seconds for x in items) / 3600
+        left_out = f", {len(found.skipped)} left out (skipped-{number}.jsonl)" if found.skipped else ""
+        _say(world, f"{corpus.source}: {len(items)} utterances, {hours:.2f} h{left_out}")
+    return corpora, held
+
+
+def _base(experiment: AsrExperiment, name: str) -> AsrExperiment:
+    return replace(experiment, recipe=name, encoder=PRESETS["base"], heads=(4, 10), decoder=DecoderDims.of(layers=6, dim=1024))
+
+
+def _paper(epochs: float) -> TrainConfig:
+    """paper.md 1.9: AdamW, one cycle up to 5e-4, clipping at 5, bf16."""
+    rates: dict[str, float] = {"top": 5e-4, "decoder": 5e-4, "encoder": 5e-4}
+    return TrainConfig(
+        rates,
+        epochs=epochs,
+        schedule=Piecewise(),
+        eps=1e-16,
+        clip=5.0,
+        precision="bf16",
+        workers=8,
+        validate_every=2000,
+        save_every=1000,
+        keep_best=4,
+    )
+
+
+def _named(sources: Sequence[str]) -> dict[str, str]:
+    """Validation sets by the names of their folders or files."""
+    names = [Path(x).parent.name if Path(x).suffix == ".jsonl" else Path(x).name for x in sources]
+    return {name if names.count(name) == 1 else f"{name}-{i}": str(x) for i, (name, x) in enumerate(zip(names, sources, strict=True))}
+
+
+def _units(experiment: AsrExperiment, out: Path, world: World) -> SentencePieceVocabulary:
+    """The model's units, made by the first process and kept in out/units."""
+    units, folder = experiment.units, out / "units"
+    if world.first and not (folder / "vocabulary.json").is_file():
+        if units.folder:
+            vocabulary = load_vocabulary(Path(resolve(units.folder)))
+        else:
+            text = units.text or str(_texts(experiment, out))
+            vocabulary = train_pieces(text, pieces=units.size, case=units.case, seed=experiment.training.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        vocabulary.save(folder)
+    world.barrier()
+    found = load_vocabulary(folder)
+    if not isinstance(found, SentencePieceVocabulary):
+        raise TrainError(f"{units.folder}: its units are no SentencePiece model: name a model folder with one, or make units of text")
+    return found
+
+
+def _texts(experiment: AsrExperiment, out: Path) -> Path:
+    path = out / "units.txt"
+    texts = [x.text or "" for corpus in experiment.corpora for x in open_source(corpus.source).utterances]
+    path.write_text("".join(f"{' '.join(x.split())}\n" for x in texts), encoding="utf-8")
+    return path
+
+
+def _encoder(config: ConformerDims | FromWhisper) -> Encoder:
+    if isinstance(config, ConformerDims):
+        return ConformerEncoder(config)
+    encoder = WhisperEncoder.from_whisper(resolve(config.whisper), merge_after=config.merge_after)
+    frozen: list[nn.Module] = [encoder.conv1, encoder.conv2, *encoder.layers[: config.frozen]]
+    if config.frozen >= encoder.depth:
+        frozen = [encoder]
+    for module in frozen:
+        module.requires_grad_(False)
+    return encoder if config.top is None else ExtendedEncoder(encoder, config.top)
+
+
+def _held_out(items: Sequence[Labelled], count: int) -> tuple[list[Labelled], list[Labelled]]:
+    """(for training, about `count` of rare speakers for validation), no speaker in both."""
+    by_speaker: dict[str, list[Labelled]] = {}
+    for item in items:
+        by_speaker.setdefault(str(item.utterance.fields.get("speaker")), []).append(item)
+    held: list[Labelled] = []
+    for speaker in sorted(by_speaker, key=lambda s: random_for(0, 0, s, "held out").random()):
+        if len(held) < count and len(by_speaker[speaker]) <= 4:
+            held += by_speaker[speaker]
+    ids = {x.utterance.id for x in held}
+    return [x for x in items if x.utterance.id not in ids], held
+
+
+def _check_set(source: str, ctc: CtcModel, experiment: AsrExperiment) -> Sequence[Labelled]:
+    """What of a validation set can be scored; nothing is left out for its length but what the encoder cannot hear at once."""
+    longest = min(ctc.encoder.max_seconds, 40.0)
+    limits: dict[str, Any] = {"max_seconds": longest, "max_share_lost": 0.5, "case": experiment.units.case}
+    return usable(open_source(source).utterances, ctc.vocabulary, seconds_per_frame=ctc.seconds_per_frame, **limits).items
+
+
+def _layers(model: CtcModel | AedModel) -> list[nn.Module]:
+    """What a sharded run shards by itself: every layer."""
+    return [
+        layer for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1 for layer in module if _heavy(layer)
+    ]
+
+
+def _heavy(module: nn.Module) -> bool:
+    return sum(p.numel() for p in module.parameters()) > 100_000 and not isinstance(module, nn.Linear)
+
+
+def _say(world: World, text: str) -> None:
+    if world.first:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,337 @@
+"""Acoustic models as a Task: CTC heads, and a decoder where there is one, learn from transcribed speech."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import kaldialign
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from duolect.audio.augment import Augmentation, augment_audio, hidden_features, random_for
+from duolect.audio.features import HOP
+from duolect.audio.io import AudioError
+from duolect.config import registered
+from duolect.data.batching import batches_by_seconds, dealt, shuffled_batches
+from duolect.data.filter import Labelled
+from duolect.data.utterance import Utterance, load_audio
+from duolect.models.aed import AedModel
+from duolect.models.attention_decoder import smoothed_cross_entropy
+from duolect.models.ctc import CtcModel, CtcOutput, Heads, save_model
+from duolect.models.encoders import Encoded
+from duolect.models.extended import ExtendedEncoder
+from duolect.search.fusion import Fused
+from duolect.search.label import label_beam_search
+from duolect.train.task import Batch, Place, Ratio, Task
+from duolect.vocabulary import Vocabulary
+
+CHECK_SECONDS = 60.0  # of padded audio in a batch of validation
+KEPT_HOURS = 40.0  # of audio that is held decoded in memory (16 bit: 115 MB an hour), so that a small corpus is decoded once
+
+
+@registered
+@dataclass(frozen=True)
+class Corpus:
+    """Speech to learn from. source: anything `duolect decode` reads. share: of its hours heard in an epoch, another stretch each time."""
+
+    source: str
+    share: float = 1.0
+    augment: Augmentation = field(default_factory=Augmentation)
+
+
+@registered
+@dataclass(frozen=True)
+class Learning:
+    """What the task does with the data, beside the loop's own settings.
+
+    batch_seconds: of padded audio in an update. smoothing: of the labels, in the decoder's gradient only. kept_versions: where the encoder
+    below is frozen, so many augmented versions of an utterance are encoded once and kept in memory; 0: nothing is kept.
+    """
+
+    batch_seconds: float = 60.0
+    smoothing: float = 0.1
+    kept_versions: int = 0
+    decoder_check: int = 50  # utterances of the first validation set that are recognized by the decoder too
+
+
+@dataclass(frozen=True)
+class Heard:
+    """An utterance to learn from, and the number of its corpus."""
+
+    item: Labelled
+    corpus: int
+
+
+@dataclass(frozen=True)
+class AsrBatch(Batch):
+    """Audio [B, N] (samples) or kept frames [B, T, D], with sizes [B]; hidden features; labels [B, L] by head, with sizes."""
+
+    sound: Tensor
+    sizes: Tensor
+    hidden: Tensor | None
+    labels: Mapping[str, Tensor]
+    label_sizes: Mapping[str, Tensor]
+    kept: bool = False
+    duration: float = 0.0
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        # A decoder predicts the end, too.
+        return {name: int(n.sum()) + (len(n) if name.startswith("ce") else 0) for name, n in self.label_sizes.items()}
+
+    @property
+    def seconds(self) -> float:
+        return self.duration
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        named = {f"labels.{name}": x for name, x in self.labels.items()}
+        return {"sound": self.sound, "sizes": self.sizes, **named, **({} if self.hidden is None else {"hidden": self.hidden})}
+
+    def on(self, device: torch.device) -> AsrBatch:
+        def there(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: x.to(device, non_blocking=True) for name, x in part.items()}
+
+        hidden = None if self.hidden is None else self.hidden.to(device, non_blocking=True)
+        sound, sizes = self.sound.to(device, non_blocking=True), self.sizes.to(device)
+        return replace(self, sound=sound, sizes=sizes, hidden=hidden, labels=there(self.labels), label_sizes=there(self.label_sizes))
+
+
+class _HeadsOf(nn.Module):
+    """All heads of a CTC model by `forward`, which is where a sharded model gathers its weights."""
+
+    def __init__(self, model: CtcModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: Tensor, lengths: Tensor, *, hidden: Tensor | None = None) -> Heads:
+        return self.model.heads(features, lengths, hidden=hidden)
+
+
+class AsrTask(Task[Heard, AsrBatch]):
+    """CTC (and attention) training of a model on corpora; checks: validation sets by name."""
+
+    model: CtcModel | AedModel
+
+    def __init__(
+        self,
+        model: CtcModel | AedModel,
+        learning: Learning,
+        corpora: Sequence[tuple[Corpus, Sequence[Labelled]]],
+        checks: Mapping[str, Sequence[Labelled]],
+        *,
+        seed: int,
+        card: str = "",
+    ) -> None:
+        self.model, self.learning, self.corpora, self.checks, self.seed, self.card = model, learning, list(corpora), checks, seed, card
+        self.ctc = model if isinstance(model, CtcModel) else model.ctc
+        self._network = _HeadsOf(model) if isinstance(model, CtcModel) else model
+        hours = sum(x.seconds for _, items in self.corpora for x in items) / 3600
+        self._audio: dict[str, np.ndarray] | None = {} if hours <= KEPT_HOURS else None
+        self._frames: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def network(self) -> nn.Module:
+        return self._network
+
+    def groups(self) -> Mapping[str, nn.Module]:
+        """`top` (heads, layers on top of a pre-trained encoder), `decoder`, `encoder`."""
+        encoder = self.ctc.encoder
+        top = [self.ctc.head, self.ctc.aux, *([encoder.top] if isinstance(encoder, ExtendedEncoder) else [])]
+        decoder = {"decoder": self.model.decoder} if isinstance(self.model, AedModel) else {}
+        return {"top": nn.ModuleList(top), **decoder, "encoder": encoder}
+
+    def name_of(self, item: Heard) -> str:
+        return item.item.utterance.id
+
+    def plan(self, epoch: int, parts: int) -> Sequence[Sequence[tuple[Heard, ...]]]:
+        chosen = [Heard(x, n) for n in range(len(self.corpora)) for x in self._of_epoch(n, epoch)]
+        seconds = [x.item.seconds for x in chosen]
+        batches = shuffled_batches(
+            seconds, batch_seconds=self.learning.batch_seconds, seed=self.seed, epoch=epoch, at_least=min(parts, len(chosen))
+        )
+        return [dealt([chosen[i] for i in batch], parts=parts) for batch in batches]
+
+    def _of_epoch(self, number: int, epoch: int) -> Sequence[Labelled]:
+        """What of a corpus is heard in an epoch: stretches of one shuffled list, so that all is heard before anything returns."""
+        corpus, items = self.corpora[number]
+        if corpus.share == 1.0:
+            return items
+        order = random_for(self.seed, 0, corpus.source, "order").permutation(len(items))
+        start, end = (round(len(items) * corpus.share * e) for e in (epoch, epoch + 1))
+        return [items[order[i % len(items)]] for i in range(start, end)]
+
+    def load(self, items: Sequence[Heard], place: Place) -> AsrBatch | None:
+        rows = [row for x in items if (row := self._row(x, place)) is not None]
+        if not rows:
+            return None
+        sounds, hidden, labelled = zip(*rows, strict=True)
+        return self._batch(sounds, hidden, labelled)
+
+    def _row(self, heard: Heard, place: Place) -> tuple[Tensor, np.ndarray | None, Labelled] | None:
+        """(audio [N] or kept frames [T, D], hidden features [F, mels], the item); None where the audio cannot be read."""
+        settings, versions = self.corpora[heard.corpus][0].augment, self.learning.kept_versions
+        version = place.epoch % versions if versions else place.epoch
+        utterance = heard.item.utterance
+        random = random_for(self.seed, version, utterance.id)
+        try:
+            if versions and (utterance.id, version) in self._frames:
+                return self._frames[utterance.id, version].float(), None, heard.item
+            others = self.corpora[heard.corpus][1]
+            babble = [self._sound(others[i].utterance) for i in random.integers(0, len(others), 4)] if settings.noise_chance else []
+            audio = torch.from_numpy(augment_audio(self._sound(utterance), random, settings, others=babble))
+        except AudioError as error:
+            print(f"left out: {error}", file=sys.stderr, flush=True)
+            return None
+        if versions:
+            self._frames[utterance.id, version] = frames = self._encoded(audio).half()
+            return frames.float(), None, heard.item
+        spec, mels = settings.spec, self.ctc.encoder.mels
+        hidden = None if spec is None else hidden_features(-(-len(audio) // HOP), mels, random, spec, step=place.step)
+        return audio, hidden, heard.item
+
+    def _sound(self, utterance: Utterance) -> np.ndarray:
+        if self._audio is None:
+            return load_audio(utterance)
+        kept = self._audio.get(utterance.id)
+        if kept is None:
+            kept = self._audio[utterance.id] = (load_audio(utterance).clip(-1, 1) * 32767).astype(np.int16)
+        return kept.astype(np.float32) / 32767
+
+    @torch.no_grad()
+    def _encoded(self, audio: Tensor) -> Tensor:
+        """[T, D] frames of the encoder below the layers on top, in eval mode: what a frozen encoder always gives."""
+        encoder = self.ctc.encoder
+        assert isinstance(encoder, ExtendedEncoder)
+        base, was = encoder.base, encoder.base.training
+        base.eval()
+        device = next(base.parameters()).device
+        features = base.features(audio.to(device))
+        frames = base(features[None], torch.tensor([len(features)], device=device)).frames[0].cpu()
+        base.train(was)
+        return frames
+
+    def _batch(self, sounds: Sequence[Tensor], hidden: Sequence[np.ndarray | None], labelled: Sequence[Labelled]) -> AsrBatch:
+        masks = None
+        if any(x is not None for x in hidden):
+            shape = len(hidden), max(len(x) for x in hidden if x is not None), self.ctc.encoder.mels
+            masks = torch.zeros(shape, dtype=torch.bool)
+            for row, mask in enumerate(hidden):
+                if mask is not None:
+                    masks[row, : len(mask)] = torch.from_numpy(mask)
+        labels, sizes = {}, {}
+        for name, vocabulary in self._targets().items():
+            own = [x.labels if vocabulary is self.ctc.vocabulary else vocabulary.encode(x.utterance.text or "") for x in labelled]
+            labels[name] = nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=torch.long) for x in own], batch_first=True)
+            sizes[name] = torch.tensor([len(x) for x in own])
+        return AsrBatch(
+            nn.utils.rnn.pad_sequence(list(sounds), batch_first=True),
+            torch.tensor([len(x) for x in sounds]),
+            masks,
+            labels,
+            sizes,
+            kept=bool(self.learning.kept_versions) and sounds[0].ndim == 2,
+            duration=sum(x.seconds for x in labelled),
+        )
+
+    def _targets(self) -> dict[str, Vocabulary]:
+        """The labels that each loss needs, by its name."""
+        heads = {"ctc": self.ctc.vocabulary, **{f"ctc{n}": v for n, v in self.ctc.aux_vocabularies.items()}}
+        if isinstance(self.model, AedModel):
+            heads |= {"ce": self.ctc.vocabulary, **{f"ce{n}": self.ctc.vocabulary for n in self.model.decoder.dims.aux}}
+        return heads
+
+    def losses(self, batch: AsrBatch) -> Mapping[str, Tensor]:
+        return self._scored(batch)[0]
+
+    def _scored(self, batch: AsrBatch) -> tuple[dict[str, Tensor], CtcOutput]:
+        """(sums of the losses, the main head's output)."""
+        labels, sizes = batch.labels, batch.label_sizes
+        losses: dict[str, Tensor] = {}
+        if batch.kept:
+            heads = self._from_frames(batch)
+        else:
+            features = [self.ctc.encoder.features(x[:n]) for x, n in zip(batch.sound, batch.sizes.tolist(), strict=True)]
+            lengths = torch.tensor([len(x) for x in features], device=batch.sound.device)
+            padded = nn.utils.rnn.pad_sequence(features, batch_first=True)
+            hidden = None if batch.hidden is None else batch.hidden[:, : padded.shape[1]]
+            if isinstance(self.model, AedModel):
+                output = self.network(padded, lengths, labels["ce"], sizes["ce"], hidden=hidden)
+                heads, smoothing = output.heads, self.learning.smoothing
+                losses["ce"] = smoothed_cross_entropy(output.logits, output.targets, smoothing=smoothing)
+                for n, logits in output.aux.items():
+                    losses[f"ce{n}"] = smoothed_cross_entropy(logits, output.targets, smoothing=smoothing)
+            else:
+                heads = self.network(padded, lengths, hidden=hidden)
+        losses["ctc"] = ctc_loss(heads.main, labels["ctc"], sizes["ctc"], self.ctc.vocabulary)
+        for n, head in heads.aux.items():
+            losses[f"ctc{n}"] = ctc_loss(head, labels[f"ctc{n}"], sizes[f"ctc{n}"], self.ctc.aux_vocabularies[n])
+        return losses, heads.main
+
+    def _from_frames(self, batch: AsrBatch) -> Heads:
+        encoder = self.ctc.encoder
+        assert isinstance(encoder, ExtendedEncoder)
+        return self.ctc.of_encoded(encoder.top(Encoded(batch.sound, batch.sizes)))
+
+    def validate(self, rank: int, world: int) -> Mapping[str, Ratio]:
+        figures: dict[str, Ratio] = {}
+        for number, (name, items) in enumerate(self.checks.items()):
+            found = [self._check([items[i] for i in batch]) for batch in self._check_batches(items)[rank::world]]
+            names = sorted({key for part in found for key in part}, key=lambda key: key != "WER")
+            for key in names:
+                parts = [part[key] for part in found if key in part]
+                figures[f"{name} {key}"] = replace(parts[0], sum=sum(p.sum for p in parts), count=sum(p.count for p in parts))
+            if isinstance(self.model, AedModel) and number == 0 and self.learning.decoder_check:
+                few = items[rank : self.learning.decoder_check : world]
+                figures[f"{name} AED WER"] = errors(self._attended([x.utterance for x in few]), few)
+        return figures
+
+    def _check_batches(self, items: Sequence[Labelled]) -> list[list[int]]:
+        return batches_by_seconds([x.seconds for x in items], batch_seconds=CHECK_SECONDS)
+
+    def _check(self, items: Sequence[Labelled]) -> dict[str, Ratio]:
+        """WER of the main head, greedy, and the losses, on one batch."""
+        sounds = [torch.from_numpy(self._sound(x.utterance)) for x in items]
+        device = next(self.model.parameters()).device
+        batch = self._batch(sounds, [None] * len(items), items).on(device)
+        losses, output = self._scored(replace(batch, kept=False))
+        heard = []
+        for log_probs, length in zip(output.log_probs, output.lengths.tolist(), strict=True):
+            best = torch.unique_consecutive(log_probs[:length].argmax(-1)).tolist()
+            heard.append(self.ctc.vocabulary.decode([x for x in best if x != self.ctc.vocabulary.blank]))
+        return {"WER": errors(heard, items), **{name: Ratio(float(x), batch.counts[name]) for name, x in losses.items()}}
+
+    def _attended(self, utterances: Sequence[Utterance]) -> Iterator[str]:
+        """What the decoder hears, greedily."""
+        assert isinstance(self.model, AedModel)
+        for start in range(0, len(utterances), 16):
+            audios = [self._sound(x) for x in utterances[start : start + 16]]
+            limit = torch.tensor([len(x) // 1600 + 10 for x in audios])  # ten labels a second
+            found = label_beam_search({"aed": Fused(scorer=self.model.scorer(audios), scale=1.0)}, len(audios), beam=1, max_labels=limit)
+            yield from (nbest[0].text if nbest else "" for nbest in found)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None:
+        named = {name.removeprefix("ctc."): x for name, x in weights.items()} if isinstance(self.model, AedModel) else weights
+        save_model(folder, self.model.settings(), named, card=f"{self.card}\nTrained so far: {note}.\n")
+        self.ctc.save_vocabularies(folder)
+
+
+def ctc_loss(output: CtcOutput, labels: Tensor, sizes: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Sum over utterances of -log p(labels [B, L] | output); 0 where no alignment fits."""
+    assert vocabulary.blank is not None
+    log_probs = output.log_probs.transpose(0, 1)
+    return F.ctc_loss(log_probs, labels, output.lengths, sizes, blank=vocabulary.blank, reduction="sum", zero_infinity=True)
+
+
+def errors(heard: Iterator[str] | Sequence[str], items: Sequence[Labelled]) -> Ratio:
+    """Word errors and words, texts as they are but for case."""
+    wrong = words = 0
+    for text, item in zip(heard, items, strict=True):
+        reference = (item.utterance.text or "").lower().split()
+        wrong += kaldialign.edit_distance(reference, text.lower().split())["total"]
+        words += len(reference)
+    return Ratio(wrong, words, "percent")
