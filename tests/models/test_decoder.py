@@ -14,7 +14,7 @@ from duolect.models import decoder as decoder_module
 from duolect.models.aed import WhisperAed
 from duolect.models.lm import HFCausalLM
 from duolect.scorer import Hypothesis
-from duolect.search.fusion import Retokenized, TextPolicy
+from duolect.search.fusion import LONGEST_WORD, Retokenized, TextPolicy
 from duolect.search.rescore import labels_for, labels_of_text, own_labels, ranked, rescored
 from duolect.vocabulary import VocabularyError
 from tests.conftest import byte_level, tiny_lm
@@ -169,6 +169,26 @@ def test_a_policy_writes_words_the_way_the_scorer_knows_them(letters):
     assert list(labels_of_text(inner.vocabulary, policy=policy)(Hypothesis((), text, {}))) == wanted
     assert TextPolicy(case="lower", punctuation="drop")("Don't!", first=True) == "don't"
     assert TextPolicy(case="upper")("a", first=False) == "A"
+
+
+def test_dropped_punctuation_parts_words_and_endless_words_are_passed_on(letters):
+    """A decoder that never writes a space ("can.join.com.au.uk.com ...") must not evade the scorer that judges its words."""
+    policy = TextPolicy(case="lower", punctuation="drop")
+    outer = byte_level(["join com.au uk", "two-nine don't"] * 3)
+    inner = tiny_lm("llama", letters)
+    scorer = Retokenized(inner, outer, policy=policy)
+    texts = ["ab.ba ab", "Ab-ba, a'b!ab", "ab" * 60]
+    for text in texts:
+        labels, state, total = outer.encode(text), scorer.start(1), torch.zeros(1)
+        for label in labels:  # one by one, so that what is held back shows
+            gained, state = scorer.advance(state, torch.tensor([[label]]), torch.tensor([1]))
+            total += gained
+            assert int(state.count) <= LONGEST_WORD
+        written = policy.words(text) if len(text) < 100 else ["ab" * 20, "ab" * 20, "ab" * 20]
+        wanted = [y for i, word in enumerate(written) for y in letters.encode_word(policy(word, first=i == 0), first=i == 0)]
+        assert float(total + scorer.finish(state)) == pytest.approx(lm_from_scratch(inner, wanted), abs=1e-3)
+        assert len(text) > 100 or list(labels_of_text(letters, policy=policy)(Hypothesis((), text, {}))) == wanted
+    assert policy.words("two-nine, don't") == ["two", "nine", "don't"] and TextPolicy().words("two-nine") == ["two-nine"]
 
 
 def tiny_whisper() -> WhisperAed:

@@ -65,7 +65,8 @@ def _both(x: Ingredients) -> Decoding:
 
 
 def _joint_label(x: Ingredients) -> Decoding:
-    return LabelSynchronous({"aed": Attention(x.aed, x.scales["aed"]["aed"], EveryLabel()), "ctc": Ctc(1.0, AtWordEnd())}, x.aed_beam)
+    aed = Attention(x.aed, x.scales["aed"]["aed"], EveryLabel())
+    return LabelSynchronous({"aed": aed, "ctc": Ctc(1.0, EveryLabel(lookahead=False))}, x.aed_beam)
 
 
 @dataclass(frozen=True)

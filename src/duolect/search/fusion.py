@@ -5,6 +5,7 @@ Schedules and adapters are orthogonal, and neither is a branch in a search. Lege
 
 from __future__ import annotations
 
+import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -135,7 +136,8 @@ class TextPolicy:
     """How words are written for a scorer that was trained on other text than the search's vocabulary has.
 
     case: as the hypothesis has it | lower | upper | sentence (first word capitalized). punctuation `drop` removes all but apostrophes
-    inside words. `end` is appended to the finished text ("." for models of written text).
+    inside words; a label that begins with such punctuation begins a word ("two-nine" becomes "two nine"). `end` is appended to the
+    finished text ("." for models of written text).
     """
 
     case: Literal["as_is", "lower", "upper", "sentence"] = "as_is"
@@ -151,6 +153,21 @@ class TextPolicy:
         if self.case == "upper":
             return word.upper()
         return word[:1].upper() + word[1:] if self.case == "sentence" and first else word
+
+    def words(self, text: str) -> list[str]:
+        """What a text is written from: its words, parted at punctuation too where that is dropped."""
+        return (text.translate(SPACED) if self.punctuation == "drop" else text).split()
+
+    def parts(self, piece: str) -> bool:
+        """Whether a word begins with a label of this written form, because it begins with punctuation that is dropped."""
+        return self.punctuation == "drop" and piece[:1] in PARTING and not piece.startswith(("##", "<"))
+
+
+PARTING = frozenset(string.punctuation) - {"'"}
+SPACED = str.maketrans(dict.fromkeys(PARTING, " "))
+
+LONGEST_WORD = 40
+"""Labels of a word after which it is no longer held back: a decoder that loops without ever ending a word would evade its judge."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +188,21 @@ class ByWord(Scorer[Held[State]]):
     """A scorer that hears whole words: labels of an unfinished word are held back, complete ones are converted and passed on.
 
     Converting word by word makes the result independent of where the calls cut the labels. The score of a label is known late, so there
-    is no `log_probs`: the schedule must be one without lookahead.
+    is no `log_probs`: the schedule must be one without lookahead. A word of more than LONGEST_WORD labels is passed on in such parts.
     """
 
     def __init__(
-        self, scorer: Scorer[State], vocabulary: Vocabulary, convert: Convert, *, end: Sequence[int] = (), begun: bool = False
+        self,
+        scorer: Scorer[State],
+        vocabulary: Vocabulary,
+        convert: Convert,
+        *,
+        end: Sequence[int] = (),
+        begun: bool = False,
+        starts: Sequence[bool] | None = None,
     ) -> None:
         self.scorer, self.vocabulary, self.convert, self.end, self.begun = scorer, vocabulary, convert, tuple(end), begun
-        self._starts = torch.tensor(vocabulary.word_starts)
+        self._starts = torch.tensor(vocabulary.word_starts if starts is None else starts)
         self._known: dict[tuple[tuple[int, ...], bool], tuple[int, ...]] = {}
 
     def start(self, rows: int) -> Held[State]:
@@ -201,6 +225,7 @@ class ByWord(Scorer[Held[State]]):
         place = torch.arange(pending.shape[1])[None]
         starts = self._starts[pending] & (place < count[:, None])
         cut = torch.where(starts, place, 0).amax(1) if pending.shape[1] else count  # what lies before the last word start is complete
+        cut = cut + (count - cut - 1).clamp(min=0) // LONGEST_WORD * LONGEST_WORD
         score, inner, begun = self._pass_on(state.inner, pending, cut, state.begun, device, flush=False)
         rest = count - cut
         width = int(rest.max()) if len(rest) else 0
@@ -235,7 +260,7 @@ class ByWord(Scorer[Held[State]]):
         out: list[int] = []
         begin = 0
         for i in range(1, len(labels) + 1):
-            if i == len(labels) or self._starts[labels[i]]:
+            if i == len(labels) or self._starts[labels[i]] or i - begin == LONGEST_WORD:
                 key = (tuple(labels[begin:i]), first and not out)
                 if key not in self._known:
                     self._known[key] = tuple(self.convert(*key))
@@ -258,12 +283,13 @@ def Retokenized(scorer: Scorer[State], vocabulary: Vocabulary, *, policy: TextPo
 
     def convert(labels: tuple[int, ...], first: bool) -> Sequence[int]:
         out: list[int] = []
-        for word in vocabulary.decode(labels).split():
+        for word in policy.words(vocabulary.decode(labels)):
             if written := policy(word, first=first and not out):
                 out += inner.encode_word(written, first=first and not out)
         return out
 
-    return ByWord(scorer, vocabulary, convert, end=inner.encode(policy.end) if policy.end else (), begun=begun)
+    starts = [start or policy.parts(vocabulary.piece(label)) for label, start in enumerate(vocabulary.word_starts)]
+    return ByWord(scorer, vocabulary, convert, end=inner.encode(policy.end) if policy.end else (), begun=begun, starts=starts)
 
 
 def held_to_words(scorer: Scorer[State]) -> ByWord[State]:

@@ -31,7 +31,7 @@ def labels_of_text(vocabulary: Vocabulary, *, policy: TextPolicy | None = None, 
 
     def labels(hypothesis: Hypothesis) -> Sequence[int]:
         out: list[int] = []
-        for word in hypothesis.text.split():
+        for word in policy.words(hypothesis.text):
             if written := policy(word, first=not out and not begun):
                 out += vocabulary.encode_word(written, first=not out and not begun)
         return out + (vocabulary.encode(policy.end) if policy.end else [])
