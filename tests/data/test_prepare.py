@@ -379,7 +379,7 @@ def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path: Path, mon
     with pytest.raises(PrepareError) as caught:
         run([tree], out, codec="flac")
     message = str(caught.value)
-    assert "as flac take about 0.1 MB (75 MB per hour), 0.0 MB of it are there and 0.0 MB are free: make room" in message
+    assert "as flac take about 0.1 MB (85 MB per hour), 0.0 MB of it are there and 0.0 MB are free: make room" in message
     assert "--codec opus (0.0 MB), --hours 0.0, or another folder" in message and not out.exists()
     run([tree], out, codec="opus")
 

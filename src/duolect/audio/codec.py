@@ -33,7 +33,7 @@ class Format:
 FORMATS: Mapping[Codec, Format] = {
     "ogg": Format("OGG", "VORBIS", 0.7, ".ogg", 21.0),  # quality 3 of -1 .. 10
     "opus": Format("OGG", "OPUS", 0.9, ".opus", 15.0),  # 31 kbit/s
-    "flac": Format("FLAC", "PCM_16", None, ".flac", 75.0),
+    "flac": Format("FLAC", "PCM_16", None, ".flac", 85.0),
 }
 
 

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate, islice, takewhile
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from duolect.audio.codec import FORMATS, Codec, encode_audio, is_encoded
 from duolect.audio.io import SAMPLE_RATE, AudioError, AudioWarning, read_audio
@@ -49,6 +49,7 @@ class Shard:
     """What is known of a finished shard."""
 
     name: str
+    made: Literal["now", "before"]
     utterances: int
     seconds: float
     bytes: int
@@ -221,10 +222,11 @@ def _shard(task: Task) -> Shard:
     """The shard of a part, from its index if it is there already."""
     out, name = task[:2]
     index = out / f"{name}.json"
-    if not (index.is_file() and (out / f"{name}.tar").is_file()):
+    made = "before" if index.is_file() and (out / f"{name}.tar").is_file() else "now"
+    if made == "now":
         _write(*task)
     found = _read(index)
-    return Shard(name, len(found["lines"]), found["seconds"], found["bytes"], tuple(Skipped(**x) for x in found["skipped"]))
+    return Shard(name, made, len(found["lines"]), found["seconds"], found["bytes"], tuple(Skipped(**x) for x in found["skipped"]))
 
 
 def _read(file: Path) -> dict[str, Any]:
