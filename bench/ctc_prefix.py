@@ -16,7 +16,7 @@ from typing import Any
 
 import harness
 import torch
-from harness import Timing, Unavailable, milliseconds, seconds_of, timing
+from harness import Spent, Timing, Unavailable, milliseconds, seconds_of, timing
 from synthetic import MadeUp, ctc_log_probs
 from torch import Tensor
 
@@ -216,7 +216,7 @@ def moves_of(size: Size, ours: Duolect, *, steps: int) -> list[Move]:
     return moves
 
 
-def replayed(contender: Contender, moves: Sequence[Move]) -> tuple[list[Tensor], list[float]]:
+def replayed(contender: Contender, moves: Sequence[Move]) -> tuple[list[Tensor], list[Spent]]:
     """(scores of each step, seconds of each step)."""
     state, scores, taken = contender.start(), [], []
     for move in moves:
@@ -240,7 +240,7 @@ def difference(wanted: Sequence[Tensor], got: Sequence[Tensor], moves: Sequence[
 
 
 def prepared(size: Size, kinds: Sequence[type[Contender]], absent: dict[str, str]) -> tuple[list[Contender], dict[str, float]]:
-    """(the contenders over the same log-probs of utterances of falling length, seconds each took to get ready)."""
+    """(the contenders over the same log-probs of utterances of falling length, seconds of the processor each took to get ready)."""
     vocabulary = MadeUp([str(i) for i in range(size.labels)], blank=BLANK)
     log_probs = ctc_log_probs(vocabulary, utterances=size.utterances, frames=size.frames, seed=size.frames + size.labels)
     lengths = torch.tensor([size.frames - b * size.frames // 10 for b in range(size.utterances)])
@@ -249,7 +249,8 @@ def prepared(size: Size, kinds: Sequence[type[Contender]], absent: dict[str, str
     for kind in kinds:
         own = log_probs.clone()  # ESPnet's and SpeechBrain's write into it
         try:
-            setup[kind.name], contender = seconds_of(lambda kind=kind, own=own: kind(own, lengths, size.rows))
+            spent, contender = seconds_of(lambda kind=kind, own=own: kind(own, lengths, size.rows))
+            setup[kind.name] = spent.cpu
             ready.append(contender)
         except Unavailable as error:
             absent[kind.name] = str(error)
@@ -270,9 +271,9 @@ def measured(
     }
     if wrong := {name: d for name, d in differences.items() if not d <= TOLERANCE}:
         sys.exit(f"error: scores differ at {size}: {wrong}; nothing was timed")
-    taken: dict[str, list[float]] = {c.name: [] for c in ready}
+    taken: dict[str, list[Spent]] = {c.name: [] for c in ready}
 
-    def once(contender: Contender) -> float:
+    def once(contender: Contender) -> Spent:
         taken[contender.name] += replayed(contender, moves)[1]
         return taken[contender.name][-1]
 
@@ -287,11 +288,10 @@ def _row(size: Size, step: dict[str, Timing], setup: dict[str, float], differenc
     for name in step:
         if name != "duolect":
             row[f"x {name}"] = harness.times(step[name], step["duolect"])
+            row[f"x cpu {name}"] = harness.times(step[name], step["duolect"], by="cpu")
     row["details"] = {
         name: {
-            "median_ms": milliseconds(t.median),
-            "min_ms": milliseconds(t.least),
-            "count": t.count,
+            **harness.measures(t),
             "setup_ms": milliseconds(setup[name]),
             "max_difference": differences.get(name, 0.0),
         }
@@ -336,7 +336,10 @@ def main() -> None:
         + f" (T={setup['T']}, V={setup['V']}, B={setup['B']})"
     )
     shown = [{k: v for k, v in row.items() if k != "details"} for row in rows]
-    harness.print_table(shown, title="median milliseconds of one step (whole vocabulary, then advance); x: times as long as duolect")
+    harness.print_table(
+        shown,
+        title="median milliseconds of one step (whole vocabulary, then advance); x: times as long as duolect; x cpu: least processor time",
+    )
     harness.save("ctc_prefix", rows, settings=vars(args), notes=notes, quick=args.quick)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,34 +32,43 @@ class Unavailable(RuntimeError):
     """Something to compare with cannot be had here; the message is one line."""
 
 
+class Spent(NamedTuple):
+    """Seconds of one call: on the clock, and of the processor (this process, all its threads), which other processes hardly touch."""
+
+    wall: float
+    cpu: float
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one thing, over the repetitions."""
 
     median: float
     least: float
+    cpu: float  # the least
     count: int
 
 
-def timing(seconds: Sequence[float]) -> Timing:
-    """Median and minimum."""
-    return Timing(statistics.median(seconds), min(seconds), len(seconds))
+def timing(spent: Sequence[Spent]) -> Timing:
+    """Median and minimum on the clock, minimum of the processor."""
+    wall = [s.wall for s in spent]
+    return Timing(statistics.median(wall), min(wall), min(s.cpu for s in spent), len(spent))
 
 
-def seconds_of(call: Callable[[], Any]) -> tuple[float, Any]:
+def seconds_of(call: Callable[[], Any]) -> tuple[Spent, Any]:
     """(seconds the call took, what it gave)."""
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     result = call()
-    return time.perf_counter() - begin, result
+    return Spent(time.perf_counter() - begin, time.process_time() - cpu), result
 
 
-def interleaved(calls: Mapping[str, Callable[[], float]], *, repetitions: int, seconds: float) -> dict[str, Timing]:
+def interleaved(calls: Mapping[str, Callable[[], Spent]], *, repetitions: int, seconds: float) -> dict[str, Timing]:
     """Timings of calls that give their own seconds, one of each in turn, so that a busy moment hits all of them.
 
     No new round is begun after `seconds`, but one is always made.
     """
     begin = time.perf_counter()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[str, list[Spent]] = {name: [] for name in calls}
     for round_ in range(max(repetitions, 1)):
         if round_ and time.perf_counter() - begin > seconds:
             break
@@ -121,7 +130,7 @@ def save(name: str, rows: Sequence[Mapping[str, Any]], *, settings: Mapping[str,
     for note in notes:
         print(f"note: {note}")
     if about["load"] > (about["cores"] or 1) / 2 + about["threads"]:
-        print(f"note: the machine is busy (load {about['load']}, {about['cores']} cores): compare ratios alone, run again when it is quiet")
+        print(f"note: the machine is busy (load {about['load']}, {about['cores']} cores): read ratios of processor time (`x cpu`) first")
     print(f"written: {path}")
     return path
 
@@ -198,7 +207,13 @@ def milliseconds(seconds: float) -> float:
     return float(f"{seconds * 1e3:.4g}")
 
 
-def times(slow: Timing, fast: Timing, *, by: Literal["median", "least"] = "median") -> float:
+def measures(found: Timing) -> dict[str, float]:
+    """Everything about a timing, for JSON."""
+    named = {"median_ms": found.median, "min_ms": found.least, "min_cpu_ms": found.cpu}
+    return {**{name: milliseconds(seconds) for name, seconds in named.items()}, "count": found.count}
+
+
+def times(slow: Timing, fast: Timing, *, by: Literal["median", "least", "cpu"] = "median") -> float:
     """How many times as long the slow one takes."""
     return float(f"{getattr(slow, by) / getattr(fast, by):.3g}")
 

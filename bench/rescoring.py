@@ -152,10 +152,8 @@ def measured(network: Any, lm: HFCausalLM, nbest: Lists, *, prompt: str, source:
         row[f"{way} ms"] = milliseconds(found.median / len(nbest))
     for way in ("one by one", "together"):
         row[f"x {way}"] = harness.times(timings["plain"], timings[way])
-    row["details"] = {
-        way: {"median_ms": milliseconds(t.median), "min_ms": milliseconds(t.least), "count": t.count, "max_difference": differences[way]}
-        for way, t in timings.items()
-    }
+        row[f"x cpu {way}"] = harness.times(timings["plain"], timings[way], by="cpu")
+    row["details"] = {way: {**harness.measures(t), "max_difference": differences[way]} for way, t in timings.items()}
     return row
 
 
@@ -193,7 +191,10 @@ def main() -> None:
         "x at best: positions / distinct, what sharing alone can give if every position costs the same",
     ]
     shown = [{k: v for k, v in row.items() if k != "details"} for row in rows]
-    harness.print_table(shown, title="median milliseconds per utterance of rescoring n-best lists; x: times as fast as plain")
+    harness.print_table(
+        shown,
+        title="median milliseconds per utterance of rescoring n-best lists; x: times as fast as plain; x cpu: by least processor time",
+    )
     harness.save("rescoring", rows, settings=vars(args), notes=notes, quick=args.quick)
 
 
