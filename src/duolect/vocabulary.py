@@ -138,6 +138,7 @@ class SentencePieceVocabulary(Vocabulary):
         return self.piece(label).startswith("▁")
 
     def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "sentencepiece.model").write_bytes(self.model)
         _write(folder, {"type": "sentencepiece", "blank": "none" if self.blank is None else "last"})
 

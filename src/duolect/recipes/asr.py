@@ -297,7 +297,6 @@ def _units(experiment: AsrExperiment, out: Path, world: World) -> SentencePieceV
         else:
             text = units.text or str(_texts(experiment, out))
             vocabulary = train_pieces(text, pieces=units.size, case=units.case, seed=experiment.training.seed)
-        folder.mkdir(parents=True, exist_ok=True)
         vocabulary.save(folder)
     world.barrier()
     found = load_vocabulary(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from duolect.search.ctc import ctc_beam_search, ctc_greedy
 from duolect.search.fusion import (
     AtEnd,
     AtWordEnd,
+    ByWord,
     Every,
     EveryLabel,
     Fused,
@@ -151,6 +152,13 @@ class Ctc(Term):
 
     def native(self, batch: Batch) -> Scorer[Any]:
         return CtcPrefix(batch.output.log_probs, batch.output.lengths, vocabulary=batch.vocabulary)
+
+    def fused(self, batch: Batch, vocabulary: Vocabulary) -> Fused:
+        fused = super().fused(batch, vocabulary)
+        # In another vocabulary it hears words, and cannot look ahead of them.
+        return (
+            replace(fused, when=EveryLabel(lookahead=False)) if isinstance(fused.scorer, ByWord) and fused.when == EveryLabel() else fused
+        )
 
 
 @registered

@@ -66,7 +66,7 @@ def _both(x: Ingredients) -> Decoding:
 
 def _joint_label(x: Ingredients) -> Decoding:
     aed = Attention(x.aed, x.scales["aed"]["aed"], EveryLabel())
-    return LabelSynchronous({"aed": aed, "ctc": Ctc(1.0, EveryLabel(lookahead=False))}, x.aed_beam)
+    return LabelSynchronous({"aed": aed, "ctc": Ctc(1.0, EveryLabel())}, x.aed_beam)
 
 
 @dataclass(frozen=True)
