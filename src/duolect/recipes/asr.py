@@ -105,15 +105,13 @@ def tiny(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperim
 def mini(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
     """A useful model of some 30 hours of speech in two hours on two CPU cores, or minutes on a GPU: Conformer 12 x 192, CTC + AED.
 
-    Real speech first, then synthesized: the first source is heard whole in every epoch, half as much again of each other.
+    Real speech first, then synthesized: the first source is heard whole in every epoch, a seventh of each other.
     """
     dims = ConformerDims.of(layers=12, dim=192, kernel=15, channels=(32, 32, 32), subsampling=6)
     spec = SpecAugment(ramp=(500, 1500, 3000))
     return AsrExperiment(
         "mini",
-        tuple(
-            Corpus(x, 1.0 if i == 0 else 0.15, Augmentation(noise_chance=0.2 if i == 0 else 0.4, spec=spec)) for i, x in enumerate(sources)
-        ),
+        tuple(Corpus(x, 1 if i == 0 else 7, Augmentation(noise_chance=0.2 if i == 0 else 0.4, spec=spec)) for i, x in enumerate(sources)),
         TrainConfig(
             {"top": 1.5e-3, "encoder": 1.5e-3, "decoder": 1.5e-3},
             epochs=60,
@@ -180,7 +178,7 @@ def whisper_top(sources: Sequence[str], checks: Sequence[str], text: str) -> Asr
     noise = Augmentation(noise_chance=0.35, snr_db=(8.0, 30.0), spec=None)
     return AsrExperiment(
         "whisper_top",
-        tuple(Corpus(x, 1.0 if i == 0 else 0.17, noise) for i, x in enumerate(sources)),
+        tuple(Corpus(x, 1 if i == 0 else 6, noise) for i, x in enumerate(sources)),
         TrainConfig({"top": 1.5e-3, "encoder": 0.0}, seconds=4500, average=0.998, validate_every=500, save_every=250),
         FromWhisper(frozen=6, top=TopDims(dim=288, layers=4, dropout=0.15, attention_dropout=0.15)),
         _named(checks),

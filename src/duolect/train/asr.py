@@ -17,8 +17,9 @@ from duolect.audio.augment import Augmentation, augment_audio, hidden_features, 
 from duolect.audio.features import HOP
 from duolect.audio.io import AudioError
 from duolect.config import registered
-from duolect.data.batching import batches_by_seconds, dealt, shuffled_batches
+from duolect.data.batching import batches_by_seconds, dealt, shuffled_batches, sub_epoch
 from duolect.data.filter import Labelled
+from duolect.data.pieces import SubwordSampler
 from duolect.data.utterance import Utterance, load_audio
 from duolect.models.aed import AedModel
 from duolect.models.attention_decoder import smoothed_cross_entropy
@@ -28,7 +29,7 @@ from duolect.models.extended import ExtendedEncoder
 from duolect.search.fusion import Fused
 from duolect.search.label import label_beam_search
 from duolect.train.task import Batch, Place, Ratio, Task
-from duolect.vocabulary import Vocabulary
+from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
 
 CHECK_SECONDS = 60.0  # of padded audio in a batch of validation
 KEPT_HOURS = 40.0  # of audio that is held decoded in memory (16 bit: 115 MB an hour), so that a small corpus is decoded once
@@ -37,10 +38,10 @@ KEPT_HOURS = 40.0  # of audio that is held decoded in memory (16 bit: 115 MB an 
 @registered
 @dataclass(frozen=True)
 class Corpus:
-    """Speech to learn from. source: anything `duolect decode` reads. share: of its hours heard in an epoch, another stretch each time."""
+    """Speech to learn from. source: anything `duolect decode` reads. parts: an epoch hears one of so many (all, before one returns)."""
 
     source: str
-    share: float = 1.0
+    parts: int = 1
     augment: Augmentation = field(default_factory=Augmentation)
 
 
@@ -49,12 +50,14 @@ class Corpus:
 class Learning:
     """What the task does with the data, beside the loop's own settings.
 
-    batch_seconds: of padded audio in an update. smoothing: of the labels, in the decoder's gradient only. kept_versions: where the encoder
+    batch_seconds: of padded audio in an update. smoothing: of the labels, in the decoder's gradient only. sampling: alpha of segmentations
+    drawn anew in each epoch (the smaller the more varied), None for always the best one. kept_versions: where the encoder
     below is frozen, so many augmented versions of an utterance are encoded once and kept in memory; 0: nothing is kept.
     """
 
     batch_seconds: float = 60.0
     smoothing: float = 0.1
+    sampling: float | None = None
     kept_versions: int = 0
     decoder_check: int = 50  # utterances of the first validation set that are recognized by the decoder too
 
@@ -133,6 +136,10 @@ class AsrTask(Task[Heard, AsrBatch]):
         hours = sum(x.seconds for _, items in self.corpora for x in items) / 3600
         self._audio: dict[str, np.ndarray] | None = {} if hours <= KEPT_HOURS else None
         self._frames: dict[tuple[str, int], Tensor] = {}
+        self._sampler = None
+        if learning.sampling is not None:
+            assert isinstance(self.ctc.vocabulary, SentencePieceVocabulary)
+            self._sampler = SubwordSampler(self.ctc.vocabulary, alpha=learning.sampling)
 
     @property
     def network(self) -> nn.Module:
@@ -157,20 +164,26 @@ class AsrTask(Task[Heard, AsrBatch]):
         return [dealt([chosen[i] for i in batch], parts=parts) for batch in batches]
 
     def _of_epoch(self, number: int, epoch: int) -> Sequence[Labelled]:
-        """What of a corpus is heard in an epoch: stretches of one shuffled list, so that all is heard before anything returns."""
+        """What of a corpus is heard in an epoch; utterances of one shard stay together, so that few are read."""
         corpus, items = self.corpora[number]
-        if corpus.share == 1.0:
+        if corpus.parts == 1:
             return items
-        order = random_for(self.seed, 0, corpus.source, "order").permutation(len(items))
-        start, end = (round(len(items) * corpus.share * e) for e in (epoch, epoch + 1))
-        return [items[order[i % len(items)]] for i in range(start, end)]
+        shards = [x.utterance.audio for x in items]
+        return [items[i] for i in sub_epoch(len(items), index=epoch, parts=corpus.parts, seed=self.seed, groups=shards)]
 
     def load(self, items: Sequence[Heard], place: Place) -> AsrBatch | None:
         rows = [row for x in items if (row := self._row(x, place)) is not None]
         if not rows:
             return None
         sounds, hidden, labelled = zip(*rows, strict=True)
-        return self._batch(sounds, hidden, labelled)
+        return self._batch(sounds, hidden, [self._resegmented(x, place.epoch) for x in labelled])
+
+    def _resegmented(self, item: Labelled, epoch: int) -> Labelled:
+        if self._sampler is None:
+            return item
+        text = self.ctc.vocabulary.decode(item.labels)
+        labels = self._sampler.sample(text, random_for(self.seed, epoch, item.utterance.id, "pieces"))
+        return replace(item, labels=tuple(labels))
 
     def _row(self, heard: Heard, place: Place) -> tuple[Tensor, np.ndarray | None, Labelled] | None:
         """(audio [N] or kept frames [T, D], hidden features [F, mels], the item); None where the audio cannot be read."""
