@@ -164,7 +164,10 @@ class Ctc(Term):
 @registered
 @dataclass(frozen=True)
 class Prior(Term):
-    """The acoustic model's label prior; `words`: held back in step with a language model that hears whole words."""
+    """The acoustic model's label prior; `words`: held back in step with a language model that hears whole words.
+
+    kind: as in priors.json (softmax, counts), or `uniform`, which makes of a negative scale a bonus for each label: a length term.
+    """
 
     kind: str = "softmax"
     scale: float = -0.2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -70,7 +71,10 @@ class Models:
         return self._once(("attention", name), lambda: load_attention_model(place_of(name, "attention"), **options))
 
     def prior(self, acoustic: str, kind: str) -> Tensor:
-        """[V] log-prior of the labels of an acoustic model, as `duolect prior` stored it in the model's folder."""
+        """[V] log-prior of the labels of an acoustic model, as `duolect prior` stored it in the model's folder; `uniform` needs no file."""
+        if kind == "uniform":
+            size = self.acoustic(acoustic).vocabulary.size
+            return torch.full((size,), -math.log(size))
         return self._once(("prior", acoustic, kind), lambda: read_prior(Path(resolve(acoustic)), kind, self.acoustic(acoustic).vocabulary))
 
     def scales_folder(self, acoustic: str) -> Path | None:
