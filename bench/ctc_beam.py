@@ -1,7 +1,7 @@
 """CTC beam search without a language model: duolect's `ctc_beam_search` against pyctcdecode, on the same log-probs.
 
 pyctcdecode runs in a process of its own (it needs numpy 1) and times its own calls. It has two ways: its defaults, which skip labels below
-log p -5 in a frame and beams 10 below the best, and with both prunings off. duolect prunes by the beam alone.
+log p -5 in a frame and beams 10 below the best, and with both prunings off. duolect too: floors of 5 and 10 below the best, and none.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from typing import Any, Literal
 import harness
 import numpy as np
 import torch
-from harness import THROWAWAY, Timing, Unavailable, milliseconds, seconds_of, timing
-from synthetic import characters, ctc_log_probs, labels_per_frame, pieces
+from harness import THROWAWAY, Spent, Timing, Unavailable, milliseconds, seconds_of, timing
+from synthetic import ctc_log_probs, labels_per_frame, pieces
 from torch import Tensor
 
 from duolect.scorer import Hypothesis
 from duolect.search.ctc import ctc_beam_search
-from duolect.search.reduce import soft_collapse
 from duolect.vocabulary import Vocabulary, load_vocabulary
 
 PYCTCDECODE = ("pyctcdecode==0.5.0", "numpy==1.26.4")
@@ -35,10 +34,10 @@ SECONDS_PER_EXTENSION = 5e-6
 """About what pyctcdecode takes for one label of one beam in one frame, to see what it can do in time without pruning."""
 
 
-Way = Literal["alone", "batch", "collapsed"]
-WAYS: tuple[Way, ...] = ("alone", "batch", "collapsed")
-COLLAPSE = 0.8
-"""Threshold of soft collapse, the paper's."""
+Way = Literal["alone", "batch", "floors alone", "floors batch"]
+WAYS: tuple[Way, ...] = ("alone", "batch", "floors alone", "floors batch")
+FLOORS = {"label_floor": 5.0, "beam_floor": 10.0}
+"""As pyctcdecode's defaults, but both relative to the best."""
 
 CHECKED_FRAMES, CHECKED_BEAM = 25, 32
 TOLERANCE = 0.05
@@ -61,7 +60,11 @@ class Found:
 
     texts: list[str]
     scores: list[float]
-    seconds: list[float]
+    spent: list[Spent]
+
+    @property
+    def mean(self) -> Spent:
+        return Spent(*(sum(seconds) / len(self.spent) for seconds in zip(*self.spent, strict=True)))
 
 
 class Pyctcdecode:
@@ -86,7 +89,9 @@ class Pyctcdecode:
         self.process.stdin.write(json.dumps({"utterances": list(utterances), "beam": beam, "frames": frames, **pruning}) + "\n")
         self.process.stdin.flush()
         answer = self._answer()
-        return Found([" ".join(a["text"].split()) for a in answer], [a["score"] for a in answer], [a["seconds"] for a in answer])
+        return Found(
+            [" ".join(a["text"].split()) for a in answer], [a["score"] for a in answer], [Spent(a["seconds"], a["cpu"]) for a in answer]
+        )
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
@@ -109,15 +114,13 @@ def labels_of(vocabulary: Vocabulary) -> list[str]:
 
 
 def ours(given: Input, utterances: Sequence[int], *, beam: int, way: Way) -> Found:
-    """duolect's best texts; the seconds of a batch are shared out evenly, and soft collapse counts."""
-    groups = [[u] for u in utterances] if way == "alone" else [list(utterances)]
+    """duolect's best texts; the seconds of a batch are shared out evenly."""
+    groups = [[u] for u in utterances] if way.endswith("alone") else [list(utterances)]
+    floors = FLOORS if way.startswith("floors") else {}
     texts, scores, seconds = [], [], []
 
     def search(x: Tensor, n: Tensor) -> list[list[Hypothesis]]:
-        if way == "collapsed":
-            reduced = soft_collapse(x, n, threshold=COLLAPSE)
-            x, n = reduced.log_probs, reduced.lengths
-        return ctc_beam_search(x, n, vocabulary=given.vocabulary, beam=beam)
+        return ctc_beam_search(x, n, vocabulary=given.vocabulary, beam=beam, **floors)
 
     for group in groups:
         n = given.lengths[group]
@@ -127,7 +130,7 @@ def ours(given: Input, utterances: Sequence[int], *, beam: int, way: Way) -> Fou
             text, score = best_text(nbest)
             texts.append(text)
             scores.append(score)
-        seconds += [taken / len(group)] * len(group)
+        seconds += [Spent(taken.wall / len(group), taken.cpu / len(group))] * len(group)
     return Found(texts, scores, seconds)
 
 
@@ -141,7 +144,8 @@ def best_text(nbest: Sequence[Hypothesis]) -> tuple[str, float]:
 
 
 def inputs(path: Path | None, vocabulary: Path | None, *, quick: bool) -> list[Input]:
-    """Real log-probs from a file, else made-up ones of two vocabularies."""
+    """Made-up log-probs of three vocabularies, behind real ones where there is a file."""
+    given = []
     if path is not None:
         arrays = np.load(path)
         log_probs, lengths = torch.from_numpy(arrays["log_probs"]).float(), torch.from_numpy(arrays["lengths"]).long()
@@ -153,11 +157,12 @@ def inputs(path: Path | None, vocabulary: Path | None, *, quick: bool) -> list[I
         # pyctcdecode starts a word in every beam once <unk> is tried in one, so labels without a text are taken out on both sides.
         silent = [i for i in range(known.size) if i != known.blank and known.piece(i).startswith("<") and known.piece(i).endswith(">")]
         log_probs[..., silent] = -torch.inf
-        return [Input(path.stem, known, log_probs.log_softmax(-1), lengths)]
-    count, frames = (3, 60) if quick else (16, 500)
-    kinds = {"characters": characters(), "pieces": pieces(64 if quick else 256)}
+        given.append(Input("real", known, log_probs.log_softmax(-1), lengths))
+    count, frames = (3, 60) if quick else (16, 300)
     lengths = torch.full((count,), frames)
-    return [Input(name, v, ctc_log_probs(v, utterances=count, frames=frames, seed=7), lengths) for name, v in kinds.items()]
+    for v in [pieces(size - 1) for size in ((64,) if quick else (32, 257, 1025))]:
+        given.append(Input("made up", v, ctc_log_probs(v, utterances=count, frames=frames, seed=7), lengths))
+    return given
 
 
 def agreement(a: Found, b: Found) -> dict[str, float]:
@@ -185,14 +190,18 @@ def check(given: Input, theirs: Pyctcdecode) -> None:
         sys.exit(f"error: {given.name}: other results than pyctcdecode's (utterance, our text, theirs, log p): {wrong}; nothing was timed")
 
 
-def checked(given: Input, beam: int) -> Found:
-    """duolect's result; SystemExit where a batch gives other texts or scores than each utterance alone."""
+def checked(given: Input, beam: int) -> dict[Way, Found]:
+    """duolect's results; SystemExit where a batch gives other texts or scores than each utterance alone."""
     everything = range(len(given.lengths))
-    alone, batch = (ours(given, everything, beam=beam, way=way) for way in ("alone", "batch"))
-    worst = max(abs(a - b) for a, b in zip(alone.scores, batch.scores, strict=True))
-    if alone.texts != batch.texts or not worst <= 1e-3:
-        sys.exit(f"error: duolect's batch differs from each utterance alone (beam {beam}, score by {worst:.2g}); nothing was timed")
-    return alone
+    found = {way: ours(given, everything, beam=beam, way=way) for way in WAYS}
+    for floors in ("", "floors "):
+        alone, batch = found[f"{floors}alone"], found[f"{floors}batch"]
+        worst = max(abs(a - b) for a, b in zip(alone.scores, batch.scores, strict=True))
+        if alone.texts != batch.texts or not worst <= 1e-3:
+            sys.exit(
+                f"error: duolect's {floors}batch differs from each utterance alone (beam {beam}, score by {worst:.2g}); nothing was timed"
+            )
+    return found
 
 
 def unpruned_count(given: Input, beam: int, seconds: float) -> int:
@@ -206,26 +215,26 @@ def measured(
 ) -> dict[str, Any]:
     """One line of the table."""
     everything = range(len(given.lengths))
-    wanted = checked(given, beam)
-    same = {"collapsed": agreement(wanted, ours(given, everything, beam=beam, way="collapsed"))}
-    taken: dict[str, list[float]] = {}
+    found = checked(given, beam)
+    same = {"floors": agreement(found["alone"], found["floors alone"])}
+    taken: dict[str, list[Spent]] = {}
 
-    def noted(name: str, found: Found) -> float:
-        taken.setdefault(name, []).append(sum(found.seconds) / len(found.seconds))
-        return taken[name][-1]
+    def noted(name: str, result: Found) -> Spent:
+        taken.setdefault(name, []).append(result.mean)
+        return result.mean
 
     calls = {way: lambda way=way: noted(way, ours(given, everything, beam=beam, way=way)) for way in WAYS}
     if theirs is not None:
-        same["theirs"] = agreement(wanted, theirs(everything, beam=beam, pruning=DEFAULTS))
+        same["theirs"] = agreement(found["floors alone"], theirs(everything, beam=beam, pruning=DEFAULTS))
         calls["theirs"] = lambda: noted("theirs", theirs(everything, beam=beam, pruning=DEFAULTS))
     harness.interleaved(calls, repetitions=repetitions, seconds=seconds)
-    if theirs is not None:
+    if theirs is not None and unpruned_seconds:
         # Without pruning it may take minutes, so it is run once, on as many utterances as the time allows, and ours once more beside it.
         some = range(unpruned_count(given, beam, unpruned_seconds))
-        found = theirs(some, beam=beam, pruning=OFF)
-        noted("theirs unpruned", found)
+        result = theirs(some, beam=beam, pruning=OFF)
+        noted("theirs unpruned", result)
         noted("alone beside", ours(given, some, beam=beam, way="alone"))
-        same["theirs unpruned"] = {**agreement(wanted, found), "utterances": len(found.texts)}
+        same["theirs unpruned"] = {**agreement(found["alone"], result), "utterances": len(result.texts)}
     frames, labels = int(given.lengths.float().mean()), given.log_probs.shape[2]
     row = {"input": given.name, "V": labels, "T": frames, "B": len(given.lengths), "beam": beam}
     return _row(row, {name: timing(values) for name, values in taken.items()}, same)
@@ -233,30 +242,36 @@ def measured(
 
 def _row(row: dict[str, Any], timings: dict[str, Timing], same: dict[str, dict[str, float]]) -> dict[str, Any]:
     row |= {f"{name} ms": milliseconds(t.median) for name, t in timings.items() if name != "alone beside"}
-    if "theirs" in timings:
-        row |= {f"x {way}": harness.times(timings["theirs"], timings[way]) for way in WAYS}
-        row["x unpruned"] = harness.times(timings["theirs unpruned"], timings["alone beside"])
+    pairs = {way.replace("floors ", ""): ("theirs", way) for way in WAYS if way.startswith("floors")} if "theirs" in timings else {}
+    if "theirs unpruned" in timings:
+        pairs["unpruned"] = ("theirs unpruned", "alone beside")
+    for name, (slow, fast) in pairs.items():
+        row[f"x {name}"] = harness.times(timings[slow], timings[fast])
+        row[f"x cpu {name}"] = harness.times(timings[slow], timings[fast], by="cpu")
     row |= {f"same: {name}": round(found["same"], 4) for name, found in same.items()}
-    about = {name: {"median_ms": milliseconds(t.median), "min_ms": milliseconds(t.least), "count": t.count} for name, t in timings.items()}
-    row["details"] = {"timings": about, "agreement": same}
+    row["details"] = {"timings": {name: harness.measures(t) for name, t in timings.items()}, "agreement": same}
     return row
 
 
 def notes_of(rows: Sequence[dict[str, Any]], given: Sequence[Input], absent: str | None) -> list[str]:
     """What to read the table with."""
-    notes = [f"{x.name}: {labels_per_frame(x.log_probs, x.lengths):.3g} labels a frame above log p -5" for x in given]
+    notes = [
+        f"{x.name}, V={x.vocabulary.size}: {labels_per_frame(x.log_probs, x.lengths):.3g} labels a frame above log p -5" for x in given
+    ]
     notes.append(
-        "milliseconds per utterance; alone: one utterance at a time, batch: all B at once, collapsed: all at once after soft "
-        f"collapse at {COLLAPSE}, its time included; same: share of the utterances with the best text of `alone` and `batch`"
+        "milliseconds per utterance on the clock; alone: one utterance at a time, batch: all at once, floors: of 5 (labels) and 10 (beam)"
+        " below the best; same: floors: share of the utterances with the best text of `alone`"
     )
     if absent is not None:
         return [*notes, f"pyctcdecode is left out: {absent}"]
     notes.append(
         "theirs: pyctcdecode, one at a time, with its defaults (token_min_logp -5, beam_prune_logp -10); theirs unpruned: off,"
-        " the first utterances only; x: theirs / ours; x unpruned: theirs unpruned / alone, both pruning by the beam alone"
+        " the first utterances only; x: theirs / ours with floors, x cpu: by least processor time; x unpruned: theirs unpruned / alone,"
+        " both pruning by the beam alone; same: theirs: as `floors alone`, theirs unpruned: as `alone`"
     )
     for name in ("theirs", "theirs unpruned"):
-        found = [row["details"]["agreement"][name] for row in rows]
+        if not (found := [row["details"]["agreement"][name] for row in rows if name in row["details"]["agreement"]]):
+            continue
         distance, gap = max(f["distance"] for f in found), sum(f["gap"] for f in found) / len(found)
         notes.append(
             f"{name}: where the text is the same its log p differs by {distance:.2g} at most; duolect's best is higher by "
@@ -273,24 +288,24 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short utterances and one beam: does it run, are the results equal")
-    parser.add_argument("--log-probs", type=harness.existing, help="what bench/dump_log_probs.py wrote; else made up")
+    parser.add_argument("--log-probs", type=harness.existing, help="what bench/dump_log_probs.py wrote, in front of the made-up ones")
     parser.add_argument("--vocabulary", type=harness.existing, help="the model folder that they are of")
-    parser.add_argument("--beams", type=int, nargs="+", default=[16, 64, 100])
+    parser.add_argument("--beams", type=int, nargs="+", default=[8, 32, 100])
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; pyctcdecode has one")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds")
-    parser.add_argument("--seconds", type=float, default=60.0, help="no new round of a line after so long (one is always made)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="no new round of a line after so long (one is always made)")
     parser.add_argument(
         "--unpruned-seconds",
         type=float,
-        default=40.0,
-        help="about so long for pyctcdecode without pruning, a line (one utterance at least)",
+        default=10.0,
+        help="about so long for pyctcdecode without pruning, at the least beam (one utterance at least); 0: not at all",
     )
     args = parser.parse_args()
     harness.use_threads(args.threads)
     given = inputs(args.log_probs, args.vocabulary, quick=args.quick)
     beams, repetitions = (args.beams[:1], 2) if args.quick else (args.beams, args.repetitions)
     rows, absent = [], None
-    limits = {"repetitions": repetitions, "seconds": args.seconds, "unpruned_seconds": args.unpruned_seconds}
+    limits = {"repetitions": repetitions, "seconds": args.seconds}
     THROWAWAY.mkdir(parents=True, exist_ok=True)
     for one in given:
         with tempfile.TemporaryDirectory(dir=THROWAWAY) as folder:
@@ -302,7 +317,7 @@ def main() -> None:
                 absent = str(error)
             for beam in beams:
                 print(f"{one.name}, beam {beam} ...", file=sys.stderr, flush=True)
-                rows.append(measured(one, theirs, beam, **limits))
+                rows.append(measured(one, theirs, beam, unpruned_seconds=args.unpruned_seconds if beam == beams[0] else 0.0, **limits))
             if theirs is not None:
                 theirs.close()
     shown = [{k: v for k, v in row.items() if k != "details"} for row in rows]

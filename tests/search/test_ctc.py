@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -152,7 +153,7 @@ def test_narrow_beams_find_what_a_naive_prefix_search_finds(letters):
         assert [h.labels for h in got[b]] == [y for y, _ in wanted]
 
 
-def _naive_prefix_search(probs, blank, beam):
+def _naive_prefix_search(probs, blank, beam, floor=math.inf):
     beams = {(): (1.0, 0.0)}
     for row in probs.tolist():
         new = {}
@@ -167,8 +168,63 @@ def _naive_prefix_search(probs, blank, beam):
                 longer = (*y, c)
                 b, label = new.get(longer, (0.0, 0.0))
                 new[longer] = (b, label + (pb if y and c == y[-1] else pb + pl) * p)
-        beams = dict(sorted(new.items(), key=lambda item: -sum(item[1]))[:beam])
+        least = max(map(sum, new.values())) * math.exp(-floor)
+        beams = {y: p for y, p in sorted(new.items(), key=lambda item: -sum(item[1]))[:beam] if sum(p) >= least and sum(p) > 0}
     return sorted(((y, sum(p)) for y, p in beams.items()), key=lambda item: -item[1])
+
+
+def _peaky(letters, *, seed: int, groups: int = 5, most: int = 14):
+    """Log-probs of which some frames have blank alone above a floor of 5, at both ends and in runs too."""
+    x = random_log_probs(groups, most, letters, seed=seed)
+    sure = torch.rand(groups, most, generator=torch.Generator().manual_seed(seed)) < 0.5
+    x[..., letters.blank] += torch.where(sure, 9.0, 0.0)
+    return x.log_softmax(-1)
+
+
+def _below(x, floor):
+    return x.masked_fill(x < x.amax(-1, keepdim=True) - floor, -torch.inf)
+
+
+def test_frames_of_blank_alone_and_floors_give_what_a_naive_prefix_search_finds(letters):
+    x = _peaky(letters, seed=12)
+    assert 0.2 < ((_below(x, 3.0) > -torch.inf).sum(2) == 1).float().mean() < 0.9
+    got = ctc_beam_search(x, torch.full((5,), 14), vocabulary=letters, beam=4, label_floor=3.0, beam_floor=2.5)
+    for b in range(5):
+        wanted = _naive_prefix_search(_below(x[b], 3.0).double().exp(), letters.blank, 4, floor=2.5)
+        assert [h.labels for h in got[b]] == [y for y, _ in wanted]
+        assert [h.parts["ctc"] for h in got[b]] == pytest.approx([math.log(p) for _, p in wanted], abs=1e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_label_floor_is_the_search_over_what_is_above_it_frame_by_frame(letters, schedule):
+    lm, x, lengths = tiny_lm("llama", letters), _peaky(letters, seed=13), torch.tensor([14, 5, 1, 9, 14])
+    fused = {"lm": Fused(scorer=lm, scale=0.6, when=SCHEDULES[schedule])}
+    got = ctc_beam_search(x, lengths, vocabulary=letters, beam=5, fused=fused, label_floor=4.0)
+    # A label of p ~ 0 in every frame: none is of blank alone, so none is skipped.
+    floored = _below(x, 4.0).clamp(min=-300.0)
+    wanted = ctc_beam_search(floored, lengths, vocabulary=letters, beam=5, fused=fused)
+    for a, b in zip(got, wanted, strict=True):
+        b = [h for h in b if h.parts["ctc"] > -150]
+        assert [h.labels for h in a[: len(b)]] == [h.labels for h in b]
+        for h, g in zip(a, b, strict=False):
+            assert dict(h.parts) == pytest.approx(dict(g.parts), abs=2e-4)
+
+
+def test_endless_floors_are_none(letters):
+    x, lm = frames(letters, groups=4, most=6), tiny_lm("llama", letters)
+    for fused in ({}, {"lm": Fused(scorer=lm, scale=0.6)}):
+        plain = ctc_beam_search(x, LENGTHS, vocabulary=letters, beam=6, fused=fused)
+        endless = ctc_beam_search(x, LENGTHS, vocabulary=letters, beam=6, fused=fused, label_floor=math.inf, beam_floor=math.inf)
+        assert endless == plain
+
+
+def test_a_floored_batch_gives_what_each_utterance_gives_alone(letters):
+    x, lengths = _peaky(letters, seed=14), torch.tensor([3, 14, 1, 8, 0])
+    floors = {"beam": 6, "label_floor": 4.0, "beam_floor": 3.0}
+    together = ctc_beam_search(x, lengths, vocabulary=letters, **floors)
+    for b, n in enumerate(lengths.tolist()):
+        alone = ctc_beam_search(x[b : b + 1, :n], lengths[b : b + 1], vocabulary=letters, **floors)[0]
+        assert [h.labels for h in together[b]] == [h.labels for h in alone]
 
 
 def test_empty_batch_and_zero_frames(letters):
@@ -189,6 +245,8 @@ def test_where_a_scorer_rules_out_everything_the_acoustic_order_stands(letters):
 
 def test_wrong_input_is_refused_with_the_next_step(letters, other_vocabularies):
     x, n = frames(letters), LENGTHS
+    with pytest.raises(SearchError, match="distance below the best"):
+        ctc_beam_search(x, n, vocabulary=letters, beam=2, label_floor=-5.0)
     with pytest.raises(SearchError, match="beam of 0"):
         ctc_beam_search(x, n, vocabulary=letters, beam=0)
     with pytest.raises(VocabularyError, match="Retokenized"):

@@ -219,7 +219,8 @@ class TimeSynchronous(Decoding):
     """CTC beam search over frames with any terms (one asked at_end only: n-best rescoring).
 
     collapse: probability above which equal neighbouring frames are merged (paper: 0.8), None for never. keep_labels: how many labels an
-    utterance may use, None for all. Both make it faster and are no longer exact.
+    utterance may use, None for all. label_floor, beam_floor: labels of a frame and hypotheses so far in log p below the best are dropped,
+    None for never (5 and 10 are usual). All make it faster and are no longer exact.
     """
 
     beam: int = 8
@@ -227,6 +228,8 @@ class TimeSynchronous(Decoding):
     recombine: Literal["sum", "max"] = "sum"
     collapse: float | None = None
     keep_labels: int | None = None
+    label_floor: float | None = None
+    beam_floor: float | None = None
 
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
         log_probs, lengths = batch.output.log_probs, batch.output.lengths
@@ -236,7 +239,16 @@ class TimeSynchronous(Decoding):
             reduced = soft_collapse(log_probs, lengths, threshold=self.collapse)
             log_probs, lengths = reduced.log_probs, reduced.lengths
         fused = {name: term.fused(batch, batch.vocabulary) for name, term in self.terms.items()}
-        return ctc_beam_search(log_probs, lengths, vocabulary=batch.vocabulary, beam=self.beam, fused=fused, recombine=self.recombine)
+        return ctc_beam_search(
+            log_probs,
+            lengths,
+            vocabulary=batch.vocabulary,
+            beam=self.beam,
+            fused=fused,
+            recombine=self.recombine,
+            label_floor=self.label_floor,
+            beam_floor=self.beam_floor,
+        )
 
 
 @registered

@@ -2,15 +2,17 @@
 
 A hypothesis is a label prefix with two scores: of the alignments that end in blank, and of those that end in its last label. That is
 recombination on (labels, last frame label) by construction: a prefix fills one slot of the beam and its scorers' states exist once.
-Legend: B utterances, K hypotheses, T frames, V labels, L longest history, C candidates = K + K*V, R rows of a scorer's state.
+The beam is small and changes with every frame: numpy on the CPU, whose calls cost a third of torch's, wherever the scorers compute.
+Legend: B utterances, K hypotheses, T frames, N of them searched, V labels, M of them tried, L longest history, R rows of a scorer's state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,28 +24,36 @@ NEG = float("-inf")
 _MULTIPLIER = 6364136223846793005
 
 
-@dataclass(frozen=True)
-class Beam:
+class Beam(NamedTuple):
     """The hypotheses after some frame; a dead slot has both scores at -inf. All [B, K] unless said."""
 
-    blank: Tensor  # log-score of alignments that end in blank
-    label: Tensor  # ... that end in the last label
-    last: Tensor  # last label, -1 for the empty prefix
-    length: Tensor
-    history: Tensor  # [B, K, L]
-    key: Tensor  # 64-bit hash of the history
-    parent_key: Tensor  # of the history without its last label
+    blank: np.ndarray  # log-score of alignments that end in blank
+    label: np.ndarray  # ... that end in the last label
+    last: np.ndarray  # last label, blank for the empty prefix
+    length: np.ndarray
+    history: np.ndarray  # [B, K, L]
+    key: np.ndarray  # 64-bit hash of the history
+    parent_key: np.ndarray  # of the history without its last label
 
     @property
-    def size(self) -> int:
-        return self.blank.shape[1]
+    def alive(self) -> np.ndarray:
+        return np.maximum(self.blank, self.label) > NEG
 
-    @property
-    def alive(self) -> Tensor:
-        return torch.maximum(self.blank, self.label) > NEG
 
-    def total(self, combine: Any) -> Tensor:
-        return combine(self.blank, self.label)
+@dataclass(frozen=True)
+class Frames:
+    """What the search steps through: each utterance's frames that have more than blank above the floor, then empty ones.
+
+    Frames of blank alone add its log p to every hypothesis: their sums stand in front of the next frame. M varies from frame to frame.
+    """
+
+    step: np.ndarray  # [N, B] number of the frame; T behind the end
+    rests: np.ndarray  # [N, B, 1] bool: frames of blank alone come before this one
+    rest: np.ndarray  # [N, B, 1] their log p
+    blank: np.ndarray  # [N, B, 1]
+    own: np.ndarray  # [N, B, V] log p of each label, -inf for blank and below the floor
+    labels: list[np.ndarray]  # N x [B, 1 + M] labels to grow by, best first; the first column stands for none
+    scores: list[np.ndarray]  # N x [B, 1 + M] their log p
 
 
 @dataclass(frozen=True)
@@ -52,14 +62,20 @@ class Term:
 
     fused: Fused
     state: Any
-    row: Tensor  # [B, K] row of `state`
-    score: Tensor  # [B, K] unscaled log p of the labels consumed so far
-    seen: Tensor  # [B, K] how many labels that are
+    row: np.ndarray  # [B, K] row of `state`
+    score: np.ndarray  # [B, K] unscaled log p of the labels consumed so far
+    seen: np.ndarray  # [B, K] how many labels that are
     ahead: Tensor | None  # [R, V] log p(next label), where the schedule looks ahead
 
     @property
-    def part(self) -> Tensor:
-        return weighted(self.fused.scale, self.score)
+    def part(self) -> np.ndarray:
+        return _weighted(self.fused.scale, self.score)
+
+    def ahead_of(self, labels: np.ndarray) -> np.ndarray:
+        """[B, K, 1 + M] scale * log p of the labels [B, 1 + M] behind each hypothesis."""
+        assert self.ahead is not None
+        found = self.ahead[torch.from_numpy(self.row)[..., None], torch.from_numpy(labels)[:, None]]
+        return weighted(self.fused.scale, found).cpu().numpy()
 
 
 def ctc_beam_search(
@@ -71,15 +87,25 @@ def ctc_beam_search(
     fused: Mapping[str, Fused] | None = None,
     recombine: Literal["sum", "max"] = "sum",
     acoustic: str = "ctc",
+    label_floor: float | None = None,
+    beam_floor: float | None = None,
 ) -> list[list[Hypothesis]]:
     """Up to `beam` hypotheses per utterance, best first, by log p_ctc + sum_i scale_i * log p_i.
 
     log_probs: [B, T, V] natural log, normalized; lengths: [B] frames. `recombine`: a prefix scores the sum of its alignments or its best
     one. Each hypothesis' parts are unscaled: `acoustic` and the names in `fused`. With a beam wide enough nothing is pruned and the
-    schedules make no difference; results do not depend on what else is in the batch.
+    schedules make no difference; results do not depend on what else is in the batch. Two floors prune more than the beam, None for off:
+    `label_floor` drops labels (and blank) so far in log p below a frame's best, `beam_floor` hypotheses so far below the best.
     """
-    with torch.no_grad():
-        return _search(log_probs, lengths, vocabulary, beam, fused or {}, recombine, acoustic)
+    fused, floors = fused or {}, {"label": label_floor, "beam": beam_floor}
+    _check(log_probs, lengths, vocabulary, beam, fused, acoustic, floors)
+    if not len(log_probs):
+        return []
+    with torch.no_grad(), np.errstate(invalid="ignore"):
+        # Behind one prefix at most one label repeats, and beam - 1 lead to prefixes of the beam: of 2 * beam others, beam are better.
+        most = vocabulary.size if any(f.when.lookahead for f in fused.values()) else 2 * beam
+        frames = _frames(log_probs, lengths, vocabulary, label_floor, most, [f.when.period for f in fused.values() if f.when.period])
+        return _search(frames, vocabulary, beam, beam_floor, fused, np.logaddexp if recombine == "sum" else np.maximum, acoustic)
 
 
 def ctc_greedy(log_probs: Tensor, lengths: Tensor, *, vocabulary: Vocabulary, acoustic: str = "ctc") -> list[list[Hypothesis]]:
@@ -93,154 +119,206 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor, *, vocabulary: Vocabulary, ac
     return out
 
 
+def _frames(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, floor: float | None, most: int, periods: Sequence[int]) -> Frames:
+    """The frames to search, at most `most` labels tried in each; those at which a schedule of these periods may ask are all kept."""
+    x, blank = log_probs.float(), vocabulary.blank
+    groups, frames, size = x.shape
+    time, lengths = torch.arange(frames, device=x.device), lengths.to(x.device)
+    if floor is not None:
+        x = x.masked_fill(x < x.amax(2, keepdim=True) - floor, NEG)
+    real = time < lengths[:, None]
+    quiet = real & ((x > NEG).sum(2) == 1) & (x[..., blank] > NEG)
+    for period in periods:
+        quiet &= time % period != period - 1
+    # One more than the longest has: its last frames may be of blank alone.
+    step = torch.where(real & ~quiet, time, frames)
+    step = torch.nn.functional.pad(step, (0, 1), value=frames).sort(1).values[:, : int((real & ~quiet).sum(1).max()) + 1]
+    sums = torch.where(quiet, x[..., blank], 0.0).double().cumsum(1)
+    passed = [torch.nn.functional.pad(y, (1, 0)).gather(1, step) for y in (sums, quiet.cumsum(1))]
+    rest, rests = (torch.diff(y, dim=1, prepend=torch.zeros_like(y[:, :1])).T[..., None] for y in passed)
+    # Behind its end an utterance emits blank for free: its beam stays as it is while longer ones go on.
+    empty = x.new_full((groups, 1, size), NEG).index_fill_(2, torch.tensor([blank], device=x.device), 0.0)
+    x = torch.cat([x, empty], 1)[torch.arange(groups, device=x.device), step.T]
+    blanks, x[..., blank] = x[..., blank, None].double(), NEG
+    counts = (x > NEG).sum(2).amax(1).clamp(max=most)
+    width = int(counts.max())
+    if width < size - 1:
+        scores, labels = x.topk(width, dim=2)
+    else:
+        scores, labels, counts = x, torch.arange(size, device=x.device).expand_as(x), torch.full_like(counts, size)
+    scores, labels = (torch.nn.functional.pad(y, (1, 0), value=z).cpu().numpy() for y, z in ((scores, NEG), (labels, -2)))
+    tried = [slice(0, 1 + n) for n in counts.tolist()]
+    return Frames(
+        *(y.cpu().numpy() for y in (step.T, rests > 0, rest, blanks, x)),
+        [np.ascontiguousarray(y[:, n]) for y, n in zip(labels, tried, strict=True)],
+        [y[:, n] for y, n in zip(scores, tried, strict=True)],
+    )
+
+
 def _search(
-    log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, beam: int, fused: Mapping[str, Fused], recombine: str, acoustic: str
+    frames: Frames, vocabulary: Vocabulary, beam: int, floor: float | None, fused: Mapping[str, Fused], combine: Any, acoustic: str
 ) -> list[list[Hypothesis]]:
-    _check(log_probs, lengths, vocabulary, beam, fused, acoustic)
-    combine = torch.logaddexp if recombine == "sum" else torch.maximum
-    log_probs = log_probs.float()
-    terms = {name: _begin(f, len(log_probs), vocabulary.size, log_probs.device) for name, f in fused.items()}
-    now = _empty(len(log_probs), log_probs.device)
-    starts = torch.tensor(vocabulary.word_starts, device=log_probs.device)
-    hashes = _label_hashes(vocabulary.size, log_probs.device)
+    groups = frames.own.shape[1]
+    terms = {name: _begin(f, groups, vocabulary.size) for name, f in fused.items()}
     assert vocabulary.blank is not None
-    for t in range(int(lengths.max()) if len(lengths) else 0):
-        frame = _frame(log_probs[:, t], t < lengths, vocabulary.blank)
-        now, source = _step(now, frame, terms, vocabulary.blank, beam, combine, hashes)
+    now, starts, hashes = _empty(groups, vocabulary.blank), np.array(vocabulary.word_starts), _label_hashes(vocabulary.size)
+    for i, rested in enumerate(frames.rests.any((1, 2)).tolist()):
+        if rested:
+            rests = frames.rests[i]
+            total = combine(now.blank, now.label) + frames.rest[i]
+            now = now._replace(blank=np.where(rests, total, now.blank), label=np.where(rests, NEG, now.label))
+        if i == len(frames.step) - 1:
+            break
+        now, source = _step(now, frames, i, terms, beam, floor, combine, hashes)
         terms = {name: _follow(term, source) for name, term in terms.items()}
         for name, term in terms.items():
-            due = term.fused.when.due(_pending(now, term, starts, t)) & now.alive
-            if bool(due.any()):
+            due = term.fused.when.due(_pending(now, term, starts, frames.step[i])).numpy() & now.alive
+            if due.any():
                 terms[name] = _consume(term, now, due)
     return _hypotheses(now, terms, vocabulary, combine, acoustic)
 
 
-def _step(now: Beam, frame: Tensor, terms: Mapping[str, Term], blank: int, beam: int, combine: Any, hashes: Tensor) -> tuple[Beam, Tensor]:
+def _step(
+    now: Beam, frames: Frames, i: int, terms: Mapping[str, Term], beam: int, floor: float | None, combine: Any, hashes: np.ndarray
+) -> tuple[Beam, np.ndarray]:
     """(the beam after one more frame, [B, K'] the slot each hypothesis came from)."""
-    k, v = now.size, frame.shape[1]
-    known = sum((term.part for term in terms.values()), torch.zeros_like(now.blank))
-    total, last = now.total(combine), now.last.clamp(min=0)
-    own = frame.gather(1, last).masked_fill(now.last < 0, NEG)
-    stay_blank = total + frame[:, blank, None]
+    labels, own = frames.labels[i], frames.own[i]
+    (groups, k), m = now.blank.shape, labels.shape[1]
+    group = np.arange(groups)[:, None]
+    total = combine(now.blank, now.label)
     # A repeated label needs a blank in between, so it extends only the alignments that end in blank.
-    grow = total[..., None] + frame[:, None]
-    grow.scatter_(2, last[..., None], torch.where(now.last < 0, grow.gather(2, last[..., None])[..., 0], now.blank + own)[..., None])
-    grow[..., blank] = NEG
-    stay_label, grow = _merge(now, now.label + own, grow, last, combine)
-    ahead = sum((weighted(t.fused.scale, t.ahead[t.row]) for t in terms.values() if t.ahead is not None), torch.zeros(()))
-    ranked = torch.cat([combine(stay_blank, stay_label) + known, (grow + known[..., None] + ahead).flatten(1)], 1)
-    ranked = torch.nan_to_num(ranked, nan=NEG, neginf=NEG, posinf=NEG)
-    best, chosen = ranked.topk(min(beam, ranked.shape[1]), dim=1)
-    stays = chosen < k
-    source = torch.where(stays, chosen, (chosen - k).clamp(min=0) // v)
-    label = torch.where(stays, 0, (chosen - k).clamp(min=0) % v)
-    dead = best == NEG
-    grown = grow.flatten(1).gather(1, source * v + label)
-    return _moved(
-        now,
-        source,
-        label,
-        stays,
-        hashes,
-        blank=torch.where(stays, stay_blank.gather(1, source), NEG).masked_fill(dead, NEG),
-        score=torch.where(stays, stay_label.gather(1, source), grown).masked_fill(dead, NEG),
-    ), source
-
-
-def _merge(now: Beam, stay_label: Tensor, grow: Tensor, last: Tensor, combine: Any) -> tuple[Tensor, Tensor]:
-    """Moves what one prefix would grow into another that is already in the beam to that one, before anything is pruned."""
-    same = (now.key[:, None, :] == now.parent_key[:, :, None]) & (now.length[:, None, :] + 1 == now.length[:, :, None])
-    same = same & now.alive[:, None, :] & now.alive[:, :, None]
-    child, (has, parent) = last, (same.any(2), same.int().argmax(2))
-    b = torch.arange(len(grow), device=grow.device)[:, None].expand_as(parent)
-    incoming = torch.where(has, grow[b, parent, child], NEG)
-    stay_label = combine(stay_label, incoming)
-    b, parent, child = b[has], parent[has], child[has]
-    grow[b, parent, child] = NEG
-    return stay_label, grow
-
-
-def _moved(now: Beam, source: Tensor, label: Tensor, stays: Tensor, hashes: Tensor, *, blank: Tensor, score: Tensor) -> Beam:
-    length = now.length.gather(1, source)
-    history = now.history.gather(1, source[..., None].expand(-1, -1, now.history.shape[2]))
-    room = int(torch.where(stays, length, length + 1).max())
-    if room > history.shape[2]:
-        history = torch.nn.functional.pad(history, (0, max(room, 2 * history.shape[2], 16) - history.shape[2]))
-    b, k = (~stays).nonzero(as_tuple=True)
-    history[b, k, length[b, k]] = label[b, k]
-    key = now.key.gather(1, source)
-    return Beam(
-        blank,
-        score,
-        torch.where(stays, now.last.gather(1, source), label),
-        torch.where(stays, length, length + 1),
-        history,
-        torch.where(stays, key, key * _MULTIPLIER + hashes[label]),
-        torch.where(stays, now.parent_key.gather(1, source), key),
+    repeats = now.last[..., None] == labels[:, None]
+    scores = np.where(repeats, now.blank[..., None], total[..., None]) + frames.scores[i][:, None]
+    stay_blank, stay_label = (
+        total + frames.blank[i],
+        _merged(now, total, scores, repeats, combine) + own.take(now.last + group * own.shape[1]),
     )
+    # From here on the first column of a hypothesis stands for itself with no label more.
+    scores[..., 0] = stay_label
+    ranked = scores.copy() if terms else scores
+    ranked[..., 0] = combine(stay_blank, stay_label)
+    for term in terms.values():
+        ranked += term.part[..., None]
+        if term.ahead is not None:
+            ranked[..., 1:] += term.ahead_of(labels)[..., 1:]
+    chosen, best = _best(ranked.reshape(groups, k * m), beam, floor)
+    source = chosen // m
+    column, at = chosen - source * m, source + group * k
+    stays = column == 0
+    label = np.where(stays, stay_label.take(at), scores.take(chosen + group * (k * m)))
+    blank = np.where(stays, stay_blank.take(at), NEG)
+    dead = best == NEG if best[:, -1].min() == NEG else None
+    return _moved(now, at, labels.take(column + group * m), stays, dead, hashes, blank=blank, label=label), source
 
 
-def _begin(fused: Fused, groups: int, labels: int, device: torch.device) -> Term:
+def _merged(now: Beam, total: np.ndarray, scores: np.ndarray, repeats: np.ndarray, combine: Any) -> np.ndarray:
+    """[B, K] label scores with what other prefixes would grow into these, which is taken out of scores: before anything is pruned."""
+    parent = (now.key[:, None] == now.parent_key[..., None]).argmax(2)
+    at = parent + np.arange(0, parent.size, parent.shape[1])[:, None]
+    has = now.key.take(at) == now.parent_key
+    incoming = np.where(now.last.take(at) == now.last, now.blank.take(at), total.take(at))
+    b, child, m = (repeats & has[..., None]).nonzero()
+    scores[b, parent[b, child], m] = NEG
+    return combine(now.label, np.where(has, incoming, NEG))
+
+
+def _best(ranked: np.ndarray, beam: int, floor: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """([B, K'] indices of the greatest of ranked [B, C], best first, [B, K'] those scores, -inf below the floor)."""
+    begin = np.arange(0, ranked.size, ranked.shape[1])[:, None]
+    if ranked.shape[1] > 4 * beam:
+        chosen = ranked.argpartition(-beam, axis=1)[:, -beam:]
+        chosen = chosen.take((-ranked.take(chosen + begin)).argsort(axis=1) + np.arange(0, chosen.size, beam)[:, None])
+    else:
+        chosen = (-ranked).argsort(axis=1)[:, :beam]
+    best = ranked.take(chosen + begin)
+    if floor is not None:
+        best[best < best[:, :1] - floor] = NEG
+    width = max(int(np.count_nonzero((best > NEG).any(0))), 1)
+    return chosen[:, :width], best[:, :width]
+
+
+def _moved(
+    now: Beam, at: np.ndarray, grown: np.ndarray, stays: np.ndarray, dead: np.ndarray | None, hashes: np.ndarray, **score: np.ndarray
+) -> Beam:
+    """The beam of the slots `at` (counted through the batch), each longer by the label `grown` where it does not stay."""
+    key, length = now.key.take(at), now.length.take(at)
+    history = now.history.reshape(-1, now.history.shape[2])[at]
+    new = (~stays.ravel()).nonzero()[0]
+    longest = length + ~stays
+    if (room := int(longest.max())) > history.shape[2]:
+        history = np.pad(history, ((0, 0), (0, 0), (0, max(room, 2 * history.shape[2], 16) - history.shape[2])))
+    history.reshape(-1)[new * history.shape[2] + length.take(new)] = grown.take(new)
+    parent_key = np.where(stays, now.parent_key.take(at), key)
+    key = np.where(stays, key, key * _MULTIPLIER + hashes.take(grown))
+    if dead is not None:
+        key[dead], parent_key[dead], score["blank"][dead], score["label"][dead] = -1, 0, NEG, NEG
+    last = np.where(stays, now.last.take(at), grown)
+    return Beam(score["blank"], score["label"], last, longest, history, key, parent_key)
+
+
+def _begin(fused: Fused, groups: int, labels: int) -> Term:
     state = fused.scorer.start(groups)
-    ahead = _look_ahead(fused, state, labels, device) if fused.when.lookahead else None
-    zero = torch.zeros(groups, 1, device=device)
-    return Term(fused, state, torch.arange(groups, device=device)[:, None], zero, zero.long(), ahead)
+    ahead = _look_ahead(fused, state, labels) if fused.when.lookahead else None
+    return Term(fused, state, np.arange(groups)[:, None], np.zeros((groups, 1)), np.zeros((groups, 1), dtype=np.int64), ahead)
 
 
-def _look_ahead(fused: Fused, state: Any, labels: int, device: torch.device) -> Tensor:
+def _look_ahead(fused: Fused, state: Any, labels: int) -> Tensor:
     # A language model has no blank: where blank is the last label its log-probs are one column short.
-    ahead = fused.scorer.log_probs(state).to(device)
+    ahead = fused.scorer.log_probs(state)
     return torch.nn.functional.pad(ahead, (0, labels - ahead.shape[1]), value=NEG)
 
 
-def _follow(term: Term, source: Tensor) -> Term:
-    return replace(term, row=term.row.gather(1, source), score=term.score.gather(1, source), seen=term.seen.gather(1, source))
+def _weighted(scale: float, score: np.ndarray) -> np.ndarray:
+    return np.zeros_like(score) if scale == 0 else scale * score
 
 
-def _pending(now: Beam, term: Term, starts: Tensor, step: int) -> Pending:
-    count = now.length - term.seen
-    place = torch.arange(now.history.shape[2], device=count.device)
+def _follow(term: Term, source: np.ndarray) -> Term:
+    group = np.arange(len(source))[:, None]
+    return replace(term, row=term.row[group, source], score=term.score[group, source], seen=term.seen[group, source])
+
+
+def _pending(now: Beam, term: Term, starts: np.ndarray, step: np.ndarray) -> Pending:
+    place, seen, alive = np.arange(now.history.shape[2]), term.seen[..., None], now.alive
     # The label at `seen` itself only begins the pending word; one behind it ends that word.
-    inside = (place > term.seen[..., None]) & (place < now.length[..., None])
+    inside = (place > seen) & (place < now.length[..., None])
     word_ends = (starts[now.history] & inside).any(2)
-    return Pending(step, count, word_ends & now.alive, now.alive)
+    count, ends, live = (torch.from_numpy(y) for y in (now.length - term.seen, word_ends & alive, alive))
+    return Pending(torch.from_numpy(step)[:, None], count, ends, live)
 
 
-def _consume(term: Term, now: Beam, due: Tensor) -> Term:
+def _consume(term: Term, now: Beam, due: np.ndarray) -> Term:
     """The term with the due hypotheses' pending labels scored; its state then has one row per live slot."""
-    scorer, alive = term.fused.scorer, now.alive
-    slots = alive.flatten().nonzero()[:, 0]
-    lengths = torch.where(due, now.length - term.seen, 0).flatten()[slots]
-    seen = term.seen.flatten()[slots]
-    width = int(lengths.max())
-    index = (seen[:, None] + torch.arange(width, device=seen.device)).clamp(max=now.history.shape[2] - 1)
-    labels = now.history.flatten(0, 1)[slots].gather(1, index)
-    old = term.row.flatten()[slots]
-    gained, state = scorer.advance(scorer.select(term.state, old), labels, lengths)
-    score = term.score.flatten().index_add(0, slots, gained.to(slots.device)).view_as(term.score)
-    row = torch.zeros_like(term.row).flatten().scatter(0, slots, torch.arange(len(slots), device=slots.device)).view_as(term.row)
+    scorer, slots = term.fused.scorer, now.alive.ravel().nonzero()[0]
+    lengths = np.where(due, now.length - term.seen, 0).take(slots)
+    index = (term.seen.take(slots)[:, None] + np.arange(int(lengths.max()))).clip(max=now.history.shape[2] - 1)
+    labels = np.take_along_axis(now.history.reshape(due.size, -1)[slots], index, 1).astype(np.int64)
+    old = torch.from_numpy(term.row.take(slots))
+    gained, state = scorer.advance(scorer.select(term.state, old), torch.from_numpy(labels), torch.from_numpy(lengths))
+    score, row = term.score.copy(), np.zeros_like(term.row)
+    score.reshape(-1)[slots] += gained.double().cpu().numpy()
+    row.reshape(-1)[slots] = np.arange(len(slots))
     ahead = None
     if term.ahead is not None:
         ahead = term.ahead[old]
-        changed = (lengths > 0).nonzero()[:, 0]
-        ahead[changed] = _look_ahead(term.fused, scorer.select(state, changed), ahead.shape[1], ahead.device)
-    return replace(term, state=state, row=row, score=score, seen=torch.where(due, now.length, term.seen), ahead=ahead)
+        changed = torch.from_numpy(lengths.nonzero()[0])
+        ahead[changed] = _look_ahead(term.fused, scorer.select(state, changed), ahead.shape[1])
+    return replace(term, state=state, row=row, score=score, seen=np.where(due, now.length, term.seen), ahead=ahead)
 
 
 def _hypotheses(now: Beam, terms: Mapping[str, Term], vocabulary: Vocabulary, combine: Any, acoustic: str) -> list[list[Hypothesis]]:
-    parts = {acoustic: now.total(combine)}
-    score = parts[acoustic]
+    parts = {acoustic: combine(now.blank, now.label)}
+    score, slots = parts[acoustic], now.alive.ravel().nonzero()[0]
     for name, term in terms.items():
-        term = _consume(term, now, now.alive) if bool((now.alive & (now.length > term.seen)).any()) else term
-        slots = now.alive.flatten().nonzero()[:, 0]
-        ends = term.fused.scorer.finish(term.fused.scorer.select(term.state, term.row.flatten()[slots]))
-        parts[name] = term.score.flatten().index_add(0, slots, ends.to(slots.device)).view_as(term.score)
-        score = score + weighted(term.fused.scale, parts[name])
-    score = torch.where(now.alive, torch.nan_to_num(score, nan=NEG, neginf=NEG), NEG)
+        term = _consume(term, now, now.alive) if (now.alive & (now.length > term.seen)).any() else term
+        ends = term.fused.scorer.finish(term.fused.scorer.select(term.state, torch.from_numpy(term.row.take(slots))))
+        parts[name] = term.score.copy()
+        parts[name].reshape(-1)[slots] += ends.double().cpu().numpy()
+        score = score + _weighted(term.fused.scale, parts[name])
+    score = np.where(now.alive, np.nan_to_num(score, nan=NEG, posinf=np.inf, neginf=NEG), NEG)
     # Where some scorer rules out every hypothesis of an utterance, what was heard still stands, in the order of the acoustic model.
-    silenced = (score == NEG).all(1, keepdim=True)
-    score = torch.where(silenced & now.alive, parts[acoustic], score)
-    order = score.argsort(dim=1, descending=True, stable=True).tolist()
+    silenced = (score == NEG).all(1, keepdims=True)
+    score = np.where(silenced & now.alive, parts[acoustic], score)
+    order = (-score).argsort(axis=1, kind="stable").tolist()
     alive, length, history = (score > NEG).tolist(), now.length.tolist(), now.history.tolist()
     table = {name: values.tolist() for name, values in parts.items()}
     out: list[list[Hypothesis]] = []
@@ -250,27 +328,28 @@ def _hypotheses(now: Beam, terms: Mapping[str, Term], vocabulary: Vocabulary, co
     return out
 
 
-def _frame(log_probs: Tensor, active: Tensor, blank: int) -> Tensor:
-    # Behind its end an utterance emits blank for free: its beam stays as it is while longer ones go on.
-    rest = torch.full_like(log_probs, NEG)
-    rest[:, blank] = 0.0
-    return torch.where(active[:, None], log_probs, rest)
+def _empty(groups: int, blank: int) -> Beam:
+    zero, index = np.zeros((groups, 1)), np.zeros((groups, 1), dtype=np.int64)
+    return Beam(zero, zero + NEG, index + blank, index, index[..., None].astype(np.int32), index + 1, index)
 
 
-def _empty(groups: int, device: torch.device) -> Beam:
-    zero = torch.zeros(groups, 1, device=device)
-    index = torch.zeros(groups, 1, dtype=torch.long, device=device)
-    return Beam(zero, zero + NEG, index - 1, index, index[..., None][..., :0], index + 1, index)
+def _label_hashes(size: int) -> np.ndarray:
+    return np.random.default_rng(20260315).integers(-(2**62), 2**62, size) | 1
 
 
-def _label_hashes(size: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(20260315)
-    return torch.randint(-(2**62), 2**62, (size,), generator=generator).to(device) | 1
-
-
-def _check(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, beam: int, fused: Mapping[str, Fused], acoustic: str) -> None:
+def _check(
+    log_probs: Tensor,
+    lengths: Tensor,
+    vocabulary: Vocabulary,
+    beam: int,
+    fused: Mapping[str, Fused],
+    acoustic: str,
+    floors: Mapping[str, float | None],
+) -> None:
     if beam < 1:
         raise SearchError(f"a beam of {beam} holds no hypothesis: give 1 or more")
+    if wrong := [f"{name}_floor {value}" for name, value in floors.items() if value is not None and not value >= 0]:
+        raise SearchError(f"{', '.join(wrong)}: a floor is a distance below the best in log p: give 0 or more, or None for no floor")
     if vocabulary.blank is None or log_probs.shape[2] != vocabulary.size:
         raise SearchError(
             f"log_probs have {log_probs.shape[2]} labels, the vocabulary {vocabulary.size} and blank {vocabulary.blank}: not its CTC model"

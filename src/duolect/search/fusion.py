@@ -28,7 +28,7 @@ class SearchError(ValueError):
 class Pending:
     """What a schedule may look at: the labels each hypothesis has and the scorer has not consumed yet."""
 
-    step: int  # frame (time-synchronous) or label (label-synchronous) index
+    step: int | Tensor  # frame ([B, 1], time-synchronous) or label (label-synchronous) index
     count: Tensor  # [B, K] labels not yet consumed
     word_ends: Tensor  # [B, K] bool: a word begins inside them, so the one before it is complete
     alive: Tensor  # [B, K] bool
@@ -45,6 +45,11 @@ class Schedule(ABC):
     @abstractmethod
     def due(self, pending: Pending) -> Tensor:
         """[B, K] bool: these hypotheses are to be scored now. Depends on nothing outside their utterance."""
+
+    @property
+    def period(self) -> int:
+        """Steps between those at which it may ask though no label came since the step before; 0 where only labels count."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Every(Schedule):
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise SearchError(f"a fusion interval of {self.interval} steps makes no sense: give 1 or more")
+
+    @property
+    def period(self) -> int:
+        return self.interval
 
     def due(self, pending: Pending) -> Tensor:
         return (pending.count > 0) & (pending.step % self.interval == self.interval - 1)
