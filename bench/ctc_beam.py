@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -194,13 +194,12 @@ def checked(given: Input, beam: int) -> dict[Way, Found]:
     """duolect's results; SystemExit where a batch gives other texts or scores than each utterance alone."""
     everything = range(len(given.lengths))
     found = {way: ours(given, everything, beam=beam, way=way) for way in WAYS}
-    for floors in ("", "floors "):
-        alone, batch = found[f"{floors}alone"], found[f"{floors}batch"]
+    pairs: tuple[tuple[Way, Way], ...] = (("alone", "batch"), ("floors alone", "floors batch"))
+    for one, many in pairs:
+        alone, batch = found[one], found[many]
         worst = max(abs(a - b) for a, b in zip(alone.scores, batch.scores, strict=True))
         if alone.texts != batch.texts or not worst <= 1e-3:
-            sys.exit(
-                f"error: duolect's {floors}batch differs from each utterance alone (beam {beam}, score by {worst:.2g}); nothing was timed"
-            )
+            sys.exit(f"error: duolect's {many} differs from each utterance alone (beam {beam}, score by {worst:.2g}); nothing was timed")
     return found
 
 
@@ -223,7 +222,7 @@ def measured(
         taken.setdefault(name, []).append(result.mean)
         return result.mean
 
-    calls = {way: lambda way=way: noted(way, ours(given, everything, beam=beam, way=way)) for way in WAYS}
+    calls: dict[str, Callable[[], Spent]] = {way: lambda way=way: noted(way, ours(given, everything, beam=beam, way=way)) for way in WAYS}
     if theirs is not None:
         same["theirs"] = agreement(found["floors alone"], theirs(everything, beam=beam, pruning=DEFAULTS))
         calls["theirs"] = lambda: noted("theirs", theirs(everything, beam=beam, pruning=DEFAULTS))

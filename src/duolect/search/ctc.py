@@ -54,6 +54,7 @@ class Frames:
     own: np.ndarray  # [N, B, V] log p of each label, -inf for blank and below the floor
     labels: list[np.ndarray]  # N x [B, 1 + M] labels to grow by, best first; the first column stands for none
     scores: list[np.ndarray]  # N x [B, 1 + M] their log p
+    sure: list[bool]  # N: one label is all that is left, and it is not blank, in all utterances
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,11 @@ def _frames(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, floor: f
     passed = [torch.nn.functional.pad(y, (1, 0)).gather(1, step) for y in (sums, quiet.cumsum(1))]
     rest, rests = (torch.diff(y, dim=1, prepend=torch.zeros_like(y[:, :1])).T[..., None] for y in passed)
     # Behind its end an utterance emits blank for free: its beam stays as it is while longer ones go on.
-    empty = x.new_full((groups, 1, size), NEG).index_fill_(2, torch.tensor([blank], device=x.device), 0.0)
+    empty = x.new_full((groups, 1, size), NEG)
+    empty[..., blank] = 0.0
     x = torch.cat([x, empty], 1)[torch.arange(groups, device=x.device), step.T]
     blanks, x[..., blank] = x[..., blank, None].double(), NEG
+    sure = ((x > NEG).sum(2).eq(1) & blanks[..., 0].isneginf()).all(1).tolist()
     counts = (x > NEG).sum(2).amax(1).clamp(max=most)
     width = int(counts.max())
     if width < size - 1:
@@ -148,10 +151,16 @@ def _frames(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, floor: f
         scores, labels, counts = x, torch.arange(size, device=x.device).expand_as(x), torch.full_like(counts, size)
     scores, labels = (torch.nn.functional.pad(y, (1, 0), value=z).cpu().numpy() for y, z in ((scores, NEG), (labels, -2)))
     tried = [slice(0, 1 + n) for n in counts.tolist()]
+    arrays = [y.cpu().numpy() for y in (step.T, rests > 0, rest, blanks, x)]
     return Frames(
-        *(y.cpu().numpy() for y in (step.T, rests > 0, rest, blanks, x)),
+        arrays[0],
+        arrays[1],
+        arrays[2],
+        arrays[3],
+        arrays[4],
         [np.ascontiguousarray(y[:, n]) for y, n in zip(labels, tried, strict=True)],
         [y[:, n] for y, n in zip(scores, tried, strict=True)],
+        sure if most < size else [False] * len(sure),
     )
 
 
@@ -162,20 +171,43 @@ def _search(
     terms = {name: _begin(f, groups, vocabulary.size) for name, f in fused.items()}
     assert vocabulary.blank is not None
     now, starts, hashes = _empty(groups, vocabulary.blank), np.array(vocabulary.word_starts), _label_hashes(vocabulary.size)
-    for i, rested in enumerate(frames.rests.any((1, 2)).tolist()):
+    for i, rested in enumerate(np.any(frames.rests, axis=(1, 2)).tolist()):
         if rested:
             rests = frames.rests[i]
             total = combine(now.blank, now.label) + frames.rest[i]
             now = now._replace(blank=np.where(rests, total, now.blank), label=np.where(rests, NEG, now.label))
         if i == len(frames.step) - 1:
             break
-        now, source = _step(now, frames, i, terms, beam, floor, combine, hashes)
-        terms = {name: _follow(term, source) for name, term in terms.items()}
+        if frames.sure[i] and (after := _sure(now, frames.labels[i][:, 1:], frames.scores[i][:, 1:], combine, hashes)):
+            now = after
+        else:
+            now, source = _step(now, frames, i, terms, beam, floor, combine, hashes)
+            terms = {name: _follow(term, source) for name, term in terms.items()}
         for name, term in terms.items():
             due = term.fused.when.due(_pending(now, term, starts, frames.step[i])).numpy() & now.alive
             if due.any():
                 terms[name] = _consume(term, now, due)
     return _hypotheses(now, terms, vocabulary, combine, acoustic)
+
+
+def _sure(now: Beam, label: np.ndarray, score: np.ndarray, combine: Any, hashes: np.ndarray) -> Beam | None:
+    """The beam after a frame of one label [B, 1] alone, where all hypotheses grow by it or all go on in it: none is ranked."""
+    repeats = now.last == label
+    if not repeats.any():
+        total, nothing = combine(now.blank, now.label) + score, np.full_like(now.blank, NEG)
+        history = _with_room(now.history, int(now.length.max()) + 1)
+        np.put_along_axis(history, now.length[..., None], label[..., None], 2)
+        last, key = np.broadcast_to(label, now.last.shape), now.key * _MULTIPLIER + hashes.take(label)
+        return Beam(nothing, total, last, now.length + 1, history, key, now.key)
+    if repeats.all() and now.blank.max() == NEG:
+        return now._replace(label=now.label + score)
+    return None
+
+
+def _with_room(history: np.ndarray, room: int) -> np.ndarray:
+    if room <= history.shape[2]:
+        return history
+    return np.pad(history, ((0, 0), (0, 0), (0, max(room, 2 * history.shape[2], 16) - history.shape[2])))
 
 
 def _step(
@@ -245,8 +277,7 @@ def _moved(
     history = now.history.reshape(-1, now.history.shape[2])[at]
     new = (~stays.ravel()).nonzero()[0]
     longest = length + ~stays
-    if (room := int(longest.max())) > history.shape[2]:
-        history = np.pad(history, ((0, 0), (0, 0), (0, max(room, 2 * history.shape[2], 16) - history.shape[2])))
+    history = _with_room(history, int(longest.max()))
     history.reshape(-1)[new * history.shape[2] + length.take(new)] = grown.take(new)
     parent_key = np.where(stays, now.parent_key.take(at), key)
     key = np.where(stays, key, key * _MULTIPLIER + hashes.take(grown))
