@@ -9,6 +9,7 @@ import torch
 
 import duolect
 from duolect.data.sources import open_source
+from duolect.data.utterance import load_audio
 from duolect.models.embedded import resolve
 from duolect.models.lm import HFCausalLM
 from duolect.recognize.models import Models
@@ -83,6 +84,16 @@ def test_delayed_fusion_with_smollm_is_exact(letters, smollm):
         for h in got[b][:40]:
             text = " ".join(letters.decode(h.labels).split())
             assert h.parts["llm"] == pytest.approx(lm_from_scratch(smollm, smollm.vocabulary.encode(text)), abs=5e-3)
+
+
+def test_floors_leave_the_best_hypothesis_of_the_demo_recordings(models):
+    am, utterances = models.acoustic("duolect-ctc"), open_source(DEMO).utterances
+    out = am.log_probs_of([load_audio(u) for u in utterances])
+    plain, floored = (
+        ctc_beam_search(out.log_probs, out.lengths, vocabulary=am.vocabulary, beam=16, **floors)
+        for floors in ({}, {"label_floor": 5.0, "beam_floor": 10.0})
+    )
+    assert sum(a[0].labels == b[0].labels for a, b in zip(plain, floored, strict=True)) >= 0.99 * len(utterances)
 
 
 @pytest.mark.parametrize("name", ["ctc", "labelwise-prior", "delayed"])
