@@ -76,6 +76,13 @@ def write_json(path: str | Path, data: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def readable(path: Path) -> None:
+    """Gives a file the rights that `open` would have given it: safetensors makes files that others cannot read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def environment(*, device: str, seed: int, command: Sequence[str] | None = None) -> dict[str, Any]:
     """What a run ran in, as JSON values: duolect and its commit, Python, platform, packages, device, seed, command line."""
     here = source()

@@ -14,16 +14,19 @@ import torch
 
 from duolect.audio.augment import Augmentation, SpecAugment
 from duolect.config import digest, from_json, to_json, with_overrides
-from duolect.data.filter import DataError
+from duolect.data.filter import DataError, Labelled, usable
+from duolect.data.pieces import train_pieces
+from duolect.data.sources import open_source
 from duolect.models.aed import AedModel
 from duolect.models.attention_decoder import DecoderDims
-from duolect.models.conformer import ConformerDims
+from duolect.models.conformer import ConformerDims, ConformerEncoder
 from duolect.models.ctc import CtcModel, load_acoustic_model
 from duolect.models.extended import ExtendedEncoder, TopDims
 from duolect.recipes.asr import RECIPES, AsrExperiment, FromWhisper, Units, run
 from duolect.recipes.unit_lm import UnitLm, unit_lm
 from duolect.run import RunError
 from duolect.train.asr import AsrTask, Corpus, Learning
+from duolect.train.checkpoint import TrainError
 from duolect.train.loop import TrainConfig
 from duolect.train.optim import WarmUp
 from duolect.train.parallel import World
@@ -33,7 +36,7 @@ from tests.models.test_encoders import tiny_whisper
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "every", "bird", "that", "came", "by", "while", "it", "rained"]
 TEXTS = [" ".join(WORDS[i % 7 : i % 7 + 2 + i % 5]) for i in range(24)]
 PIECES = 28
-RATES = {"top": 1e-3, "encoder": 1e-4, "decoder": 1e-3, "model": 1e-3}
+RATES = {"top": 1e-3, "encoder": 1e-4, "decoder": 1e-3}
 QUICK = TrainConfig(RATES, steps=6, schedule=WarmUp(2), log_every=2, validate_every=3, save_every=2, keep_best=2)
 DIMS = ConformerDims.of(layers=2, dim=32, kernel=5, channels=(4, 4, 4), subsampling=4)
 SPEC = SpecAugment(ramp=(0, 0, 0))
@@ -152,8 +155,6 @@ def test_kept_frames_are_those_of_the_whole_model(data: Path, tmp_path: Path) ->
     torch.manual_seed(0)
     encoder = ExtendedEncoder(WhisperEncoder.from_whisper(data / "whisper", merge_after=1), TopDims(dim=32, layers=1, kernel=3))
     model = CtcModel(encoder, vocabulary).eval()
-    from duolect.data.filter import usable
-    from duolect.data.sources import open_source
 
     items = usable(open_source(data).utterances, vocabulary, seconds_per_frame=0.04).items
     corpus = Corpus("x", augment=Augmentation(noise_chance=1.0, spec=None))
@@ -169,9 +170,6 @@ def test_kept_frames_are_those_of_the_whole_model(data: Path, tmp_path: Path) ->
 
 
 def test_segmentations_are_drawn_anew_each_epoch(data: Path, tmp_path: Path) -> None:
-    from duolect.data.filter import usable
-    from duolect.data.sources import open_source
-    from duolect.models.conformer import ConformerEncoder
     from duolect.train.task import Place
 
     vocabulary = _units(data, tmp_path)
@@ -190,8 +188,6 @@ def test_segmentations_are_drawn_anew_each_epoch(data: Path, tmp_path: Path) -> 
 
 
 def _units(data: Path, tmp_path: Path) -> SentencePieceVocabulary:
-    from duolect.data.pieces import train_pieces
-
     return train_pieces(data / "text.txt", pieces=PIECES)
 
 
@@ -200,9 +196,48 @@ def test_a_unit_lm(data: Path, tmp_path: Path) -> None:
     units.mkdir()
     _units(data, tmp_path).save(units)
     text = data / "text.txt"
-    lm = unit_lm(UnitLm(dim=16, layers=1, heads=1, feed_forward=16, train=QUICK), units=units, text=text, heldout=text, out=tmp_path / "lm")
+    lm = unit_lm(
+        UnitLm(dim=16, layers=1, heads=1, feed_forward=16, train=replace(QUICK, learning_rates={"model": 1e-3})),
+        units=units,
+        text=text,
+        heldout=text,
+        out=tmp_path / "lm",
+    )
     assert lm.keys() == {"unit PPL", "word PPL"} and 1 < lm["unit PPL"] < 2 * PIECES
     assert load_vocabulary(tmp_path / "lm" / "model").size == PIECES
+
+
+def test_equal_ids_of_two_corpora_are_two_recordings(data: Path, tmp_path: Path) -> None:
+    """Decoded audio is kept by place, not by id: a validation set with the training ids is heard as it is."""
+    lines = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
+    other = tmp_path / "other"
+    other.mkdir()
+    for line in lines:
+        audio, rate = soundfile.read(data / line["audio_filepath"])
+        soundfile.write(other / line["audio_filepath"], -audio[::-1], rate)
+    (other / "manifest.jsonl").write_text((data / "manifest.jsonl").read_text())
+    one, two = ([x for x in open_source(folder).utterances] for folder in (data, other))
+    vocabulary = _units(data, tmp_path)
+    task = AsrTask(CtcModel(ConformerEncoder(DIMS), vocabulary), Learning(), [(Corpus("x"), [Labelled(x, (1,)) for x in one])], {}, seed=0)
+    assert not np.array_equal(task._sound(one[3]), task._sound(two[3])) and np.array_equal(task._sound(one[3]), task._sound(one[3]))
+
+
+def test_what_cannot_be_read_is_left_out_and_too_much_of_it_stops(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["audio_filepath"] = str(data / line["audio_filepath"])
+        (tmp_path / f"{i}.wav").write_bytes(b"RIFFnothing of use" * 10)
+    manifests = {}
+    for name, bad in (("one", 1), ("all", 24)):
+        manifests[name] = tmp_path / f"{name}.jsonl"
+        rest = [{**line, "audio_filepath": f"{i}.wav"} if i < bad else line for i, line in enumerate(lines)]
+        manifests[name].write_text("".join(json.dumps(line) + "\n" for line in rest))
+    run(experiment(data, checks={"dev": str(manifests["one"])}, held_out=0), tmp_path / "run", world=World())
+    assert capsys.readouterr().err.count("left out: 0: ") == 1
+    with pytest.raises(TrainError, match=r"6 of 24 utterances cannot be read, such as "):
+        run(experiment(data, corpora=(Corpus(str(manifests["all"])),), held_out=0), tmp_path / "bad", world=World())
+    # A run that never saved anything gives its folder to the corrected command.
+    run(experiment(data, held_out=0), tmp_path / "bad", world=World())
 
 
 def test_unusable_speech_stops_with_counts(data: Path, tmp_path: Path) -> None:

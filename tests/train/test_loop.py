@@ -230,7 +230,7 @@ def test_a_damaged_state_is_said(tmp_path: Path) -> None:
 def test_no_room_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     task = Line()
-    with pytest.raises(TrainError, match=r"0\.0 GB are free, checkpoints need"):
+    with pytest.raises(TrainError, match=r"0 MB are free, checkpoints need 1 MB"):
         train(task, CONFIG, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainError, match="cannot be written"):
@@ -238,9 +238,10 @@ def test_no_room_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert task.heard == []
 
 
-def test_a_run_without_end_is_refused() -> None:
-    with pytest.raises(ValueError, match="a run needs an end"):
-        replace(CONFIG, steps=None)
+@pytest.mark.parametrize("steps", [None, 0])
+def test_a_run_without_end_is_refused(tmp_path: Path, steps: int | None) -> None:
+    with pytest.raises(TrainError, match=f"a run needs an end above 0: epochs None, steps {steps}"):
+        train(Line(), replace(CONFIG, steps=steps), tmp_path)
 
 
 def test_the_time_budget_ends_the_run(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ def train(
     train: tuple[str, ...] = (),
     dev: tuple[str, ...] = (),
     text: str = "",
-    set: Annotated[tuple[str, ...], arg(help="Deviations from the recipe: field=value ..., such as training.epochs=20.")] = (),
+    set: Annotated[
+        tuple[str, ...], arg(help="Deviations from the recipe: field=value ..., such as training.epochs=20; --show names the fields.")
+    ] = (),
     device: str | None = None,
     shard: Annotated[bool, arg(help="Cut the model over the processes (FSDP2) instead of copying it.")] = False,
     mirror: Literal["", "tensorboard", "wandb", "trackio"] = "",
@@ -23,11 +25,14 @@ def train(
     """Trains an acoustic model; the same command goes on where it stopped.
 
     Example: duolect train tiny
+
     Several GPUs: torchrun --no-python --nproc-per-node 8 duolect train ...
+
     Example: duolect train mini --train real/manifest.jsonl synth/manifest.jsonl --dev dev/manifest.jsonl --out runs/mini
 
     Args:
-        recipe: tiny, mini, whisper_top, whisper_ctc, librispeech_aed, librispeech_aed_base, loquacious_aed or continued.
+        recipe: tiny (two minutes, the demo by heart), mini (Conformer CTC + AED of 30 h), whisper_top and then whisper_ctc (the embedded
+            CTC model), librispeech_aed, librispeech_aed_base, loquacious_aed, continued (of the paper).
         out: Run folder; default: runs/<recipe>.
         train: Speech with transcripts: manifests, folders, LibriSpeech trees, folders that `duolect prepare` made.
         dev: Validation sets, the same kinds; the first decides which weights are best.
@@ -40,7 +45,6 @@ def train(
 
     from duolect.config import ConfigError, diff, to_json, with_overrides
     from duolect.recipes import asr
-    from duolect.run import write_json
     from duolect.train.parallel import join
 
     if recipe not in asr.RECIPES:
@@ -57,8 +61,7 @@ def train(
         return 0
     out = out or Path("runs") / recipe
     world = join("shard" if shard else "replicate", device)
-    figures = asr.run(experiment, out, world=world, mirror=mirror)
+    figures = asr.run(experiment, out, world=world, mirror=mirror, deviations=diff(plain, experiment))
     if world.first:
-        write_json(out / "deviations.json", diff(plain, experiment))
         print(f"{out / 'model'}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     return 0

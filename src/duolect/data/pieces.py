@@ -50,6 +50,8 @@ def train_pieces(source: str | Path, *, pieces: int, case: Case = "lower", seed:
     import sentencepiece
 
     count = sum(1 for _ in sentences(source))
+    if not count:
+        raise PiecesError(f"{source}: has no sentence to make pieces of: name a text with one a line, or a manifest with texts")
     draw = random.Random(seed).random  # SentencePiece's own sampling gives other pieces in each process
     chosen = (text for text in sentences(source) if count <= MOST_SENTENCES or draw() * count < MOST_SENTENCES)
     model = io.BytesIO()
@@ -72,9 +74,9 @@ def train_pieces(source: str | Path, *, pieces: int, case: Case = "lower", seed:
     except RuntimeError as error:
         said = re.search(r"(too high .*<= (\d+))|(required_chars\. \d+ vs (\d+))|(sentences_\.empty)", str(error))
         most, least = (said[2], said[4]) if said else (None, None)
-        why = f"at most {most} pieces" if most else f"at least {least} pieces, one for each character" if least else "no sentences"
+        why = f"at most {most} pieces" if most else f"at least {least} pieces, one for each character" if least else error
         raise PiecesError(
-            f"{source}: {pieces} pieces cannot be made of {count} sentences, which allow {why if said else error}: choose another size"
+            f"{source}: {pieces} pieces cannot be made of {count} sentences, which allow {why}: choose another size"
         ) from error
     return SentencePieceVocabulary(model.getvalue(), blank="last")
 

@@ -65,10 +65,10 @@ class ConformerEncoder(Encoder):
 
     def __init__(self, dims: ConformerDims) -> None:
         super().__init__()
-        if dims.subsampling not in (4, 6) or dims.dim % dims.heads or dims.dim % 2:
+        if dims.subsampling not in (4, 6) or dims.dim % dims.heads or dims.dim % 2 or dims.layers < 1:
             raise ValueError(
-                f"a Conformer of dim {dims.dim}, {dims.heads} heads, subsampling {dims.subsampling} cannot be built: "
-                "dim must be even and a multiple of heads, subsampling 4 or 6"
+                f"a Conformer of {dims.layers} layers, dim {dims.dim}, {dims.heads} heads, subsampling {dims.subsampling} cannot be built: "
+                "dim must be even and a multiple of heads, layers at least 1, subsampling 4 or 6"
             )
         self.dims = dims
         self.dim, self.mels, self.depth, self.max_seconds = dims.dim, dims.mels, dims.layers, math.inf

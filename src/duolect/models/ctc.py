@@ -22,6 +22,7 @@ from duolect.models import ModelError
 from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoded, Encoder, encoder_from_settings, require_layers, stack_frames
 from duolect.models.windows import BATCH_SECONDS, Window, Windowing
+from duolect.run import readable
 from duolect.vocabulary import CharacterVocabulary, TokenizerVocabulary, Vocabulary, load_vocabulary
 
 HUGGING_FACE_SECONDS = 40.0  # that other models hear at once: more than the utterances of the usual corpora last
@@ -207,6 +208,7 @@ def save_model(
     (folder / "README.md").write_text(card)
     moved = {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
     save_file(moved, folder / "model.safetensors.part", metadata={"format": "pt"})
+    readable(folder / "model.safetensors.part")
     (folder / "model.safetensors.part").replace(folder / "model.safetensors")
 
 

@@ -5,6 +5,7 @@ A recipe is a function of its data that returns a frozen AsrExperiment; deviatio
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,9 +29,10 @@ from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoder, WhisperEncoder
 from duolect.models.extended import ExtendedEncoder, TopDims
 from duolect.models.warm_start import warm_start
-from duolect.run import RunFolder
+from duolect.run import RunFolder, write_json
 from duolect.train.asr import AsrTask, Corpus, Learning
-from duolect.train.loop import TrainConfig, TrainError, train
+from duolect.train.checkpoint import STATE, TrainError
+from duolect.train.loop import TrainConfig, train
 from duolect.train.optim import Piecewise, WarmUp
 from duolect.train.parallel import World
 from duolect.vocabulary import SentencePieceVocabulary, load_vocabulary
@@ -205,25 +207,35 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def run(
-    experiment: AsrExperiment, out: Path, *, world: World, mirror: str = "", command: Sequence[str] | None = None
+    experiment: AsrExperiment,
+    out: Path,
+    *,
+    world: World,
+    mirror: str = "",
+    command: Sequence[str] | None = None,
+    deviations: Sequence[str] = (),
 ) -> Mapping[str, float]:
     """The figures of the trained model, which lies in out/model; the same experiment and folder go on where they stopped.
 
     Raises RunError for a folder of another experiment, DataError, ModelError and TrainError.
     """
-    if world.first:
-        RunFolder.open(out, recipe=experiment, device=str(world.device), seed=experiment.training.seed, command=command)
-    world.barrier()
-    vocabulary = _units(experiment, out, world)
     torch.manual_seed(experiment.training.seed)
     encoder = _encoder(experiment.encoder)
+    if odd := experiment.training.learning_rates.keys() - {"top", "encoder", "decoder"}:
+        raise TrainError(
+            f"learning_rates of {', '.join(sorted(odd))}: expected top, encoder and, with a decoder, decoder: correct the name"
+        )
+    if world.first:
+        _open(experiment, out, world, command, deviations)
+    world.barrier()
+    vocabulary = _units(experiment, out, world)
     ctc = CtcModel(encoder, vocabulary, aux=dict.fromkeys(experiment.heads, vocabulary))
     model = ctc if experiment.decoder is None else AedModel(ctc, experiment.decoder)
     if experiment.start:
         report = warm_start(model, experiment.start)
         _say(world, str(report))
     corpora, held = _corpora(experiment, ctc, out, world)
-    checks = {name: _check_set(source, ctc, experiment) for name, source in experiment.checks.items()}
+    checks = {name: _check_set(name, source, ctc, experiment, out, world) for name, source in experiment.checks.items()}
     if held:
         checks["held-out"] = held
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or rest) / 1e6 for rest in (True, False))
@@ -241,8 +253,9 @@ def _corpora(
     corpora: list[tuple[Corpus, Sequence[Labelled]]] = []
     held: list[Labelled] = []
     for number, corpus in enumerate(experiment.corpora):
+        source = open_source(corpus.source)
         found = usable(
-            open_source(corpus.source).utterances,
+            source.utterances,
             ctc.vocabulary,
             seconds_per_frame=ctc.seconds_per_frame * fastest,
             max_seconds=experiment.max_seconds,
@@ -255,7 +268,8 @@ def _corpora(
         corpora.append((corpus, items))
         hours = sum(x.seconds for x in items) / 3600
         left_out = f", {len(found.skipped)} left out (skipped-{number}.jsonl)" if found.skipped else ""
-        _say(world, f"{corpus.source}: {len(items)} utterances, {hours:.2f} h{left_out}")
+        odd = f", {len(source.problems)} lines cannot be used, such as {source.problems[0]}" if source.problems else ""
+        _say(world, f"{corpus.source}: {len(items)} utterances, {hours:.2f} h{left_out}{odd}")
     return corpora, held
 
 
@@ -284,6 +298,19 @@ def _named(sources: Sequence[str]) -> dict[str, str]:
     """Validation sets by the names of their folders or files."""
     names = [Path(x).parent.name if Path(x).suffix == ".jsonl" else Path(x).name for x in sources]
     return {name if names.count(name) == 1 else f"{name}-{i}": str(x) for i, (name, x) in enumerate(zip(names, sources, strict=True))}
+
+
+def _open(experiment: AsrExperiment, out: Path, world: World, command: Sequence[str] | None, deviations: Sequence[str]) -> None:
+    """Makes the run folder, or takes it up; one of another experiment that never came to save anything is begun anew."""
+    if (out / "recipe.json").is_file() and not (out / STATE).is_file():
+        for old in (
+            *out.glob("skipped-*.jsonl"),
+            *(out / n for n in ("recipe.json", "env.json", "units.txt", "deviations.json", "metrics.jsonl")),
+        ):
+            old.unlink(missing_ok=True)
+        shutil.rmtree(out / "units", ignore_errors=True)
+    RunFolder.open(out, recipe=experiment, device=str(world.device), seed=experiment.training.seed, command=command)
+    write_json(out / "deviations.json", list(deviations))
 
 
 def _units(experiment: AsrExperiment, out: Path, world: World) -> SentencePieceVocabulary:
@@ -335,11 +362,17 @@ def _held_out(items: Sequence[Labelled], count: int) -> tuple[list[Labelled], li
     return [x for x in items if x.utterance.id not in ids], held
 
 
-def _check_set(source: str, ctc: CtcModel, experiment: AsrExperiment) -> Sequence[Labelled]:
+def _check_set(name: str, source: str, ctc: CtcModel, experiment: AsrExperiment, out: Path, world: World) -> Sequence[Labelled]:
     """What of a validation set can be scored; nothing is left out for its length but what the encoder cannot hear at once."""
-    longest = min(ctc.encoder.max_seconds, 40.0)
+    longest, listed = min(ctc.encoder.max_seconds, 40.0), f"skipped-{name}.jsonl"
     limits: dict[str, Any] = {"max_seconds": longest, "max_share_lost": 0.5, "case": experiment.units.case}
-    return usable(open_source(source).utterances, ctc.vocabulary, seconds_per_frame=ctc.seconds_per_frame, **limits).items
+    if world.first:
+        limits["skipped"] = out / listed
+    found = usable(open_source(source).utterances, ctc.vocabulary, seconds_per_frame=ctc.seconds_per_frame, **limits)
+    if found.skipped:
+        count = f"{len(found.skipped)} of {len(found.items) + len(found.skipped)}"
+        _say(world, f"{name}: {count} utterances do not count ({listed}): WER is of the rest")
+    return found.items
 
 
 def _layers(model: CtcModel | AedModel) -> list[nn.Module]:

@@ -28,11 +28,15 @@ from duolect.models.encoders import Encoded
 from duolect.models.extended import ExtendedEncoder
 from duolect.search.fusion import Fused
 from duolect.search.label import label_beam_search
+from duolect.train.checkpoint import TrainError
 from duolect.train.task import Batch, Place, Ratio, Task
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
 
 CHECK_SECONDS = 60.0  # of padded audio in a batch of validation
+MOST_UNREADABLE = 0.05  # share of the utterances, above which training stops
 KEPT_HOURS = 40.0  # of audio that is held decoded in memory (16 bit: 115 MB an hour), so that a small corpus is decoded once
+
+Recording = tuple[Path, "tuple[int, int] | None"]
 
 
 @registered
@@ -134,8 +138,9 @@ class AsrTask(Task[Heard, AsrBatch]):
         self.ctc = model if isinstance(model, CtcModel) else model.ctc
         self._network = _HeadsOf(model) if isinstance(model, CtcModel) else model
         hours = sum(x.seconds for _, items in self.corpora for x in items) / 3600
-        self._audio: dict[str, np.ndarray] | None = {} if hours <= KEPT_HOURS else None
-        self._frames: dict[tuple[str, int], Tensor] = {}
+        self._audio: dict[Recording, np.ndarray] | None = {} if hours <= KEPT_HOURS else None
+        self._frames: dict[tuple[Recording, int], Tensor] = {}
+        self._unreadable: set[Recording] = set()
         self._sampler = None
         if learning.sampling is not None:
             assert isinstance(self.ctc.vocabulary, SentencePieceVocabulary)
@@ -192,16 +197,16 @@ class AsrTask(Task[Heard, AsrBatch]):
         utterance = heard.item.utterance
         random = random_for(self.seed, version, utterance.id)
         try:
-            if versions and (utterance.id, version) in self._frames:
-                return self._frames[utterance.id, version].float(), None, heard.item
+            if versions and (_place(utterance), version) in self._frames:
+                return self._frames[_place(utterance), version].float(), None, heard.item
             others = self.corpora[heard.corpus][1]
             babble = [self._sound(others[i].utterance) for i in random.integers(0, len(others), 4)] if settings.noise_chance else []
             audio = torch.from_numpy(augment_audio(self._sound(utterance), random, settings, others=babble))
         except AudioError as error:
-            print(f"left out: {error}", file=sys.stderr, flush=True)
+            self._cannot_read(utterance, error)
             return None
         if versions:
-            self._frames[utterance.id, version] = frames = self._encoded(audio).half()
+            self._frames[_place(utterance), version] = frames = self._encoded(audio).half()
             return frames.float(), None, heard.item
         spec, mels = settings.spec, self.ctc.encoder.mels
         hidden = None if spec is None else hidden_features(-(-len(audio) // HOP), mels, random, spec, step=place.step)
@@ -210,10 +215,20 @@ class AsrTask(Task[Heard, AsrBatch]):
     def _sound(self, utterance: Utterance) -> np.ndarray:
         if self._audio is None:
             return load_audio(utterance)
-        kept = self._audio.get(utterance.id)
+        kept = self._audio.get(_place(utterance))
         if kept is None:
-            kept = self._audio[utterance.id] = (load_audio(utterance).clip(-1, 1) * 32767).astype(np.int16)
+            kept = self._audio[_place(utterance)] = (load_audio(utterance).clip(-1, 1) * 32767).astype(np.int16)
         return kept.astype(np.float32) / 32767
+
+    def _cannot_read(self, utterance: Utterance, error: AudioError) -> None:
+        """Says it once. Raises TrainError where too much of the speech cannot be read."""
+        if _place(utterance) in self._unreadable:
+            return
+        self._unreadable.add(_place(utterance))
+        print(f"left out: {utterance.id}: {error}", file=sys.stderr, flush=True)
+        count, everything = len(self._unreadable), sum(len(items) for _, items in self.corpora)
+        if count > max(MOST_UNREADABLE * everything, 5):
+            raise TrainError(f"{count} of {everything} utterances cannot be read, such as {utterance.id} ({error}): mend the data")
 
     @torch.no_grad()
     def _encoded(self, audio: Tensor) -> Tensor:
@@ -299,16 +314,19 @@ class AsrTask(Task[Heard, AsrBatch]):
                 parts = [part[key] for part in found if key in part]
                 figures[f"{name} {key}"] = replace(parts[0], sum=sum(p.sum for p in parts), count=sum(p.count for p in parts))
             if isinstance(self.model, AedModel) and number == 0 and self.learning.decoder_check:
-                few = items[rank : self.learning.decoder_check : world]
-                figures[f"{name} AED WER"] = errors(self._attended([x.utterance for x in few]), few)
+                few, sounds = self._readable(items[rank : self.learning.decoder_check : world])
+                figures[f"{name} AED WER"] = errors(self._attended(sounds), few)
         return figures
 
     def _check_batches(self, items: Sequence[Labelled]) -> list[list[int]]:
         return batches_by_seconds([x.seconds for x in items], batch_seconds=CHECK_SECONDS)
 
     def _check(self, items: Sequence[Labelled]) -> dict[str, Ratio]:
-        """WER of the main head, greedy, and the losses, on one batch."""
-        sounds = [torch.from_numpy(self._sound(x.utterance)) for x in items]
+        """WER of the main head, greedy, and the losses, on one batch; what cannot be read is left out."""
+        items, audios = self._readable(items)
+        if not items:
+            return {}
+        sounds = [torch.from_numpy(x) for x in audios]
         device = next(self.model.parameters()).device
         batch = self._batch(sounds, [None] * len(items), items).on(device)
         losses, output = self._scored(replace(batch, kept=False))
@@ -318,11 +336,21 @@ class AsrTask(Task[Heard, AsrBatch]):
             heard.append(self.ctc.vocabulary.decode([x for x in best if x != self.ctc.vocabulary.blank]))
         return {"WER": errors(heard, items), **{name: Ratio(float(x), batch.counts[name]) for name, x in losses.items()}}
 
-    def _attended(self, utterances: Sequence[Utterance]) -> Iterator[str]:
+    def _readable(self, items: Sequence[Labelled]) -> tuple[list[Labelled], list[np.ndarray]]:
+        kept, audios = [], []
+        for item in items:
+            try:
+                audios.append(self._sound(item.utterance))
+                kept.append(item)
+            except AudioError as error:
+                self._cannot_read(item.utterance, error)
+        return kept, audios
+
+    def _attended(self, sounds: Sequence[np.ndarray]) -> Iterator[str]:
         """What the decoder hears, greedily."""
         assert isinstance(self.model, AedModel)
-        for start in range(0, len(utterances), 16):
-            audios = [self._sound(x) for x in utterances[start : start + 16]]
+        for start in range(0, len(sounds), 16):
+            audios = sounds[start : start + 16]
             limit = torch.tensor([len(x) // 1600 + 10 for x in audios])  # ten labels a second
             found = label_beam_search({"aed": Fused(scorer=self.model.scorer(audios), scale=1.0)}, len(audios), beam=1, max_labels=limit)
             yield from (nbest[0].text if nbest else "" for nbest in found)
@@ -331,6 +359,11 @@ class AsrTask(Task[Heard, AsrBatch]):
         named = {name.removeprefix("ctc."): x for name, x in weights.items()} if isinstance(self.model, AedModel) else weights
         save_model(folder, self.model.settings(), named, card=f"{self.card}\nTrained so far: {note}.\n")
         self.ctc.save_vocabularies(folder)
+
+
+def _place(utterance: Utterance) -> Recording:
+    """What tells recordings apart: ids of two corpora may be the same."""
+    return utterance.audio, utterance.span
 
 
 def ctc_loss(output: CtcOutput, labels: Tensor, sizes: Tensor, vocabulary: Vocabulary) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from duolect.run import readable
 from duolect.train.optim import Average
 from duolect.train.parallel import World, like, whole
 from duolect.train.task import Place
@@ -37,7 +38,9 @@ def check_room(folder: Path, model: nn.Module, *, copies: int) -> None:
     needed = copies * 4 * sum(p.numel() for p in [*model.parameters(), *model.buffers()])
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise TrainError(f"{folder}: {free / 1e9:.1f} GB are free, checkpoints need {needed / 1e9:.1f} GB: make room or name another --out")
+        raise TrainError(
+            f"{folder}: {free // 10**6} MB are free, checkpoints need {needed // 10**6 + 1} MB: make room or name another --out"
+        )
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], *, note: Mapping[str, object] | None = None) -> None:
@@ -48,6 +51,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], *, note: Mapping[st
     save_file({name: x.contiguous().clone() for name, x in weights.items()}, part, metadata={"note": json.dumps(dict(note or {}))})
     with open(part, "rb") as file:
         os.fsync(file.fileno())
+    readable(part)
     part.replace(path)
 
 

@@ -32,7 +32,7 @@ from duolect.train.loader import updates
 from duolect.train.monitor import Monitor
 from duolect.train.optim import Average, Schedule, WarmUp, adamw, set_rates
 from duolect.train.parallel import World
-from duolect.train.task import Batch, Place, Task
+from duolect.train.task import Batch, Place, Ratio, Task
 
 __all__ = ["Place", "Task", "TrainConfig", "TrainError", "train"]
 
@@ -68,8 +68,6 @@ class TrainConfig:
     watch: str = ""
 
     def __post_init__(self) -> None:
-        if self.epochs is None and self.steps is None and self.seconds is None:
-            raise ValueError("a run needs an end: give epochs, steps or seconds")
         for name in ("log_every", "validate_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected >= 1")
@@ -114,6 +112,9 @@ def train(
     for a loss that is not finite, and for a folder that is too small or belongs to another configuration.
     """
     folder, world = Path(folder), world or World()
+    ends = [x for x in (config.epochs, config.steps, config.seconds) if x is not None]
+    if not ends or min(ends) <= 0:
+        raise TrainError(f"a run needs an end above 0: epochs {config.epochs}, steps {config.steps}, seconds {config.seconds}: set one")
     if world.first:
         check_room(folder, task.model, copies=8 + config.keep_best)
     torch.manual_seed(config.seed)
@@ -156,11 +157,7 @@ def train(
 def _update(run: _Run, place: Place, micros: Sequence[tuple[tuple[Any, ...], Batch | None]]) -> None:
     """One update of the weights from this process's micro-batches; its figures go to the monitor."""
     config, world = run.config, run.world
-    names = sorted({name for _, batch in micros if batch for name in batch.counts})
-    if world.size > 1:  # an empty process must name the same losses
-        gathered: list[Any] = [None] * world.size
-        torch.distributed.all_gather_object(gathered, names)
-        names = sorted({name for part in gathered for name in part})
+    names = list(world.known({name: "" for _, batch in micros if batch for name in batch.counts}))
     counts = world.total({name: float(sum(b.counts.get(name, 0) for _, b in micros if b)) for name in names})
     sums = dict.fromkeys(names, 0.0)
     seconds = 0.0
@@ -240,8 +237,10 @@ def _validated(run: _Run, place: Place, label: str = "") -> dict[str, float]:
     run.task.model.eval()
     ratios = run.task.validate(run.world.rank, run.world.size)
     run.task.model.train()
-    sums = run.world.total({f"{part}/{name}": getattr(r, part) for name, r in ratios.items() for part in ("sum", "count")})
-    figures = {name: replace(r, sum=sums[f"sum/{name}"], count=sums[f"count/{name}"]).value for name, r in ratios.items()}
+    shown = run.world.known({name: r.show for name, r in ratios.items()})
+    parts = {name: ratios.get(name, Ratio(0.0, 0.0)) for name in shown}
+    sums = run.world.total({f"{part}/{name}": getattr(r, part) for name, r in parts.items() for part in ("sum", "count")})
+    figures = {name: Ratio(sums[f"sum/{name}"], sums[f"count/{name}"], show).value for name, show in shown.items()}  # type: ignore[arg-type]
     run.monitor.figures(place, figures, label)
     return figures
 

@@ -50,6 +50,13 @@ class World:
         dist.all_reduce(numbers)
         return dict(zip(names, numbers.tolist(), strict=True))
 
+    def known(self, values: Mapping[str, str]) -> dict[str, str]:
+        """What all processes together know, by name: one without a batch knows less."""
+        gathered: list[Any] = [dict(values)] * self.size
+        if self.size > 1:
+            dist.all_gather_object(gathered, dict(values))
+        return {name: value for part in gathered for name, value in part.items()}
+
     def place(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
         """Moves the model to this process's device: rank 0's weights for all, or sharded layer by layer."""
         model.to(self.device)
@@ -92,6 +99,8 @@ def join(mode: Literal["replicate", "shard"] = "replicate", device: str | None =
     """The world of torchrun's environment, joined; this process alone without torchrun. device: None for a GPU if there is one."""
     size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {kind}: torch sees no GPU here (`duolect doctor` says more): leave --device out, or use cpu")
     place = torch.device(f"cuda:{local}") if kind == "cuda" and size > 1 else torch.device(kind)
     if size > 1 and not dist.is_initialized():
         if place.type == "cuda":
