@@ -18,7 +18,7 @@ DEFAULT_SCALES: Mapping[str, Mapping[str, float]] = {
     "unit": {"unit": 0.4},
     "unit+prior": {"unit": 0.5, "prior": -0.2},
     "unit+llm": {"unit": 0.3, "llm": 0.3},
-    "aed": {"aed": 0.8},
+    "aed": {"aed": 3.0},
 }
 """Where nothing was tuned: between the paper's optimum (0.43, -0.27) and what untuned LLMs got there."""
 
