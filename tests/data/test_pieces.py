@@ -82,7 +82,7 @@ def test_pieces_are_the_same_in_each_process(text: Path, monkeypatch: pytest.Mon
     [
         (5000, TEXT, r"5000 pieces cannot be made of 5 sentences, which allow at most \d+ pieces: choose another size"),
         (5, TEXT, "at least 2[0-9] pieces, one for each character"),
-        (50, " \n", "0 sentences, which allow no sentences"),
+        (50, " \n", "has no sentence to make pieces of"),
     ],
 )
 def test_sizes_that_do_not_fit(text: Path, size: int, content: str, said: str) -> None:
