@@ -37,6 +37,21 @@ def with_models(zoo):
     return ["--am", zoo["am"], "--lm", zoo["llm"], "--unit-lm", zoo["unit"], "--device", "cpu"]
 
 
+def stopped_after(done, duolect, command, monkeypatch):
+    """What a command gives that Ctrl-C stops when so many utterances are recognized."""
+    recognize = Recognizer.recognize
+
+    def interrupted(self, utterances, *, progress=True):
+        for count, found in enumerate(recognize(self, utterances, progress=progress)):
+            if count == done:
+                raise KeyboardInterrupt
+            yield found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Recognizer, "recognize", interrupted)
+        return duolect(*command)
+
+
 def test_transcribe_prints_and_writes(duolect, zoo, with_models, tmp_path):
     code, out, _ = duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models)
     assert code == 0 and len(out.splitlines()) == 1
@@ -49,17 +64,7 @@ def test_transcribe_prints_and_writes(duolect, zoo, with_models, tmp_path):
 
 def test_transcribe_makes_no_file_twice(duolect, zoo, with_models, tmp_path, monkeypatch):
     command = ["transcribe", zoo["corpus"], zoo["corpus"] / "u0.wav", *with_models, "--out", tmp_path]
-    recognize = Recognizer.recognize
-
-    def interrupted(self, utterances, *, progress=True):
-        for count, found in enumerate(recognize(self, utterances, progress=progress)):
-            if count == 3:
-                raise KeyboardInterrupt
-            yield found
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Recognizer, "recognize", interrupted)
-        code, _, err = duolect(*command)
+    code, _, err = stopped_after(3, duolect, command, monkeypatch)
     assert code == 130 and "the same command continues" in err
     assert len(list(tmp_path.glob("*.txt"))) == 3
     code, _, err = duolect(*command)
@@ -198,17 +203,7 @@ def test_compare_continues_and_leaves_out_what_does_not_fit(duolect, zoo, tmp_pa
     command = ["compare", "--data", zoo["corpus"], *foreign, "--out", tmp_path / "out"]
     names = {name: preset for name, preset in PRESETS.items() if "aed" not in name}
     monkeypatch.setattr("duolect.recognize.presets.PRESETS", names)
-    recognize = Recognizer.recognize
-
-    def interrupted(self, utterances, *, progress=True):
-        for count, found in enumerate(recognize(self, utterances, progress=progress)):
-            if count == 2:
-                raise KeyboardInterrupt
-            yield found
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Recognizer, "recognize", interrupted)
-        code, _, err = duolect(*command)
+    code, _, err = stopped_after(2, duolect, command, monkeypatch)
     assert code == 130 and "the same command continues" in err
     code, out, err = duolect(*command)
     assert code == 0 and "2 of 7 utterances are done" in err

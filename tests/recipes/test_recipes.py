@@ -155,6 +155,10 @@ def test_kept_frames_are_those_of_the_whole_model(data: Path, tmp_path: Path) ->
     torch.manual_seed(0)
     encoder = ExtendedEncoder(WhisperEncoder.from_whisper(data / "whisper", merge_after=1), TopDims(dim=32, layers=1, kernel=3))
     model = CtcModel(encoder, vocabulary).eval()
+    for wrong in (model, CtcModel(ConformerEncoder(DIMS), vocabulary)):  # the encoder learns; there is nothing on top
+        with pytest.raises(TrainError, match="layers on top of one that rests"):
+            AsrTask(wrong, Learning(kept_versions=1), [], {}, seed=0)
+    encoder.base.requires_grad_(False)
 
     items = usable(open_source(data).utterances, vocabulary, seconds_per_frame=0.04).items
     corpus = Corpus("x", augment=Augmentation(noise_chance=1.0, spec=None))

@@ -101,8 +101,7 @@ def tune(
     lines = list(read_hypotheses(hypotheses))
     if not lines:
         raise ValueError(f"{hypotheses} is empty: there is nothing to tune on")
-    found = {name for line in lines for h in line.nbest for name in h.parts}
-    names = parts or tuple(sorted(found - {reference}))
+    names = parts or tuple(sorted({name for line in lines for h in line.nbest for name in h.parts} - {reference}))
     if not names:
         raise ValueError(f"{hypotheses}: the hypotheses have no part but {reference}: add one with `duolect rescore`")
     lists = nbest_lists(lines, normalizer=normalizer_of(normalizer), parts=(reference, *names), corpus=hypotheses.stem)

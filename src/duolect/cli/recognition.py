@@ -265,8 +265,7 @@ def compare(
     source = _source(data, failures)
     if source is None:
         return _report(failures)
-    utterances = [u for u in source.utterances if u.text is not None][:limit]
-    if not utterances:
+    if not (utterances := [u for u in source.utterances if u.text is not None][:limit]):
         raise ValueError(f"{data}: no utterance has a transcript ('text'), so nothing can be compared; `duolect transcribe` needs none")
     recognizer = _recognizer(models, {name: name for name in decodings or PRESETS}, warn=[u.fields for u in utterances])
     misfits = {} if decodings else recognizer.misfits()
@@ -286,8 +285,8 @@ def compare(
     table = rows(scores, seconds=seconds, audio_seconds=audio)
     print("\n".join([plain_table(table), *notes]))
     (out / "table.md").write_text(markdown_table(table) + "".join(f"- {note}\n" for note in notes), encoding="utf-8")
-    env = environment(device=recognizer.models.device, seed=0)
-    write_json(out / "table.json", {"table": json_table(table), "left_out": misfits, "env": env})
+    device = recognizer.models.device
+    write_json(out / "table.json", {"table": json_table(table), "left_out": misfits, "env": environment(device=device, seed=0)})
     print(f"\nwritten: {out / 'table.md'}, {out / 'table.json'}, {out / 'hypotheses'}/", file=sys.stderr)
     return _report([*failures, *_failed(found, titles)], [r for lines in found.values() for r in lines])
 

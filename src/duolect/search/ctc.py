@@ -221,10 +221,8 @@ def _step(
     # A repeated label needs a blank in between, so it extends only the alignments that end in blank.
     repeats = now.last[..., None] == labels[:, None]
     scores = np.where(repeats, now.blank[..., None], total[..., None]) + frames.scores[i][:, None]
-    stay_blank, stay_label = (
-        total + frames.blank[i],
-        _merged(now, total, scores, repeats, combine) + own.take(now.last + group * own.shape[1]),
-    )
+    stay_blank = total + frames.blank[i]
+    stay_label = _merged(now, total, scores, repeats, combine) + own.take(now.last + group * own.shape[1])
     # From here on the first column of a hypothesis stands for itself with no label more.
     scores[..., 0] = stay_label
     ranked = scores.copy() if terms else scores

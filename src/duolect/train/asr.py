@@ -137,6 +137,8 @@ class AsrTask(Task[Heard, AsrBatch]):
         self.model, self.learning, self.corpora, self.checks, self.seed, self.card = model, learning, list(corpora), checks, seed, card
         self.ctc = model if isinstance(model, CtcModel) else model.ctc
         self._network = _HeadsOf(model) if isinstance(model, CtcModel) else model
+        if learning.kept_versions:
+            _require_rest(model)
         hours = sum(x.seconds for _, items in self.corpora for x in items) / 3600
         self._audio: dict[Recording, np.ndarray] | None = {} if hours <= KEPT_HOURS else None
         self._frames: dict[tuple[Recording, int], Tensor] = {}
@@ -359,6 +361,15 @@ class AsrTask(Task[Heard, AsrBatch]):
         named = {name.removeprefix("ctc."): x for name, x in weights.items()} if isinstance(self.model, AedModel) else weights
         save_model(folder, self.model.settings(), named, card=f"{self.card}\nTrained so far: {note}.\n")
         self.ctc.save_vocabularies(folder)
+
+
+def _require_rest(model: CtcModel | AedModel) -> None:
+    """Raises TrainError unless all that learns lies on top of an encoder at rest, whose frames can then be kept."""
+    top = isinstance(model, CtcModel) and not model.aux_vocabularies and isinstance(model.encoder, ExtendedEncoder)
+    if not top or any(p.requires_grad for p in model.encoder.base.parameters()):
+        raise TrainError(
+            "kept_versions keeps an encoder's frames: give the model layers on top of one that rests, one CTC head, no decoder"
+        )
 
 
 def _place(utterance: Utterance) -> Recording:
