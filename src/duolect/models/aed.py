@@ -24,7 +24,7 @@ from duolect.models.attention_decoder import AttentionDecoder, DecoderDims, hist
 from duolect.models.cache import Trie
 from duolect.models.ctc import CtcModel, Heads, load_weights, read_config, save_model
 from duolect.models.decoder import DecoderScorer, OutputLayer
-from duolect.models.encoders import Encoded, frame_mask
+from duolect.models.encoders import Encoded, Encoder, frame_mask
 from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, use_packed_attention
 from duolect.models.windows import Window, Windowing
 from duolect.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
@@ -75,8 +75,8 @@ class AudioScorer(DecoderScorer):
         cache.is_updated = dict.fromkeys(range(len(self.heard)), True)
         return Trie.empty(rows, width=weight.shape[1], cache=cache, device=weight.device, dtype=weight.dtype)
 
-    def _prompt(self) -> list[int]:
-        return self.prompt
+    def _prompts(self, rows: int) -> list[list[int]]:
+        return [self.prompt] * rows
 
 
 @dataclass(frozen=True)
@@ -112,21 +112,9 @@ class AedModel(nn.Module, AttentionModel):
 
     @torch.no_grad()
     def scorer(self, audios: Sequence[np.ndarray]) -> AedScorer:
-        _require_length(audios, self.max_seconds, "the model")
-        weight, encoder = self.decoder.embedding.weight, self.ctc.encoder
-        features = [encoder.features(torch.as_tensor(audio, device=weight.device)) for audio in audios]
-
-        def encode(batch: list[Window]) -> list[Tensor]:
-            parts = [features[w.utterance] for w in batch]
-            lengths = torch.tensor([len(x) for x in parts], device=weight.device)
-            with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
-                encoded = encoder(nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths)
-            return [x[:n].to(weight.dtype) for x, n in zip(encoded.frames, encoded.lengths.tolist(), strict=True)]
-
-        whole = Windowing(round(1 / SECONDS_PER_FRAME), 1, self.max_seconds + 1)  # batches by length, and nothing to cut
-        frames = whole.joined([len(x) for x in features], encode)
-        lengths = torch.tensor([len(x) for x in frames], device=weight.device)
-        return AedScorer(self, Encoded(nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths))
+        return AedScorer(
+            self, encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds, dtype=self.decoder.embedding.weight.dtype)
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """The model's own tensors by the names they have in a model folder, where the CTC part is a CTC model's."""
@@ -154,6 +142,25 @@ class AedModel(nn.Module, AttentionModel):
         load_weights(model.weights(), folder)
         model.decoder.to(getattr(torch, dtype))
         return model.to(device).eval()
+
+
+def encoded_whole(encoder: Encoder, audios: Sequence[np.ndarray], *, max_seconds: float, dtype: torch.dtype = torch.float32) -> Encoded:
+    """The frames of a batch of samples [N], in `dtype`, on the encoder's device; below fp32 under autocast. ModelError for longer audio."""
+    _require_length(audios, max_seconds, "the model")
+    device = next(encoder.parameters()).device
+    features = [encoder.features(torch.as_tensor(audio, device=device)) for audio in audios]
+
+    def encode(batch: list[Window]) -> list[Tensor]:
+        parts = [features[w.utterance] for w in batch]
+        lengths = torch.tensor([len(x) for x in parts], device=device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            encoded = encoder(nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths)
+        return [x[:n].to(dtype) for x, n in zip(encoded.frames, encoded.lengths.tolist(), strict=True)]
+
+    whole = Windowing(round(1 / SECONDS_PER_FRAME), 1, max_seconds + 1)  # batches by length, and nothing to cut
+    frames = whole.joined([len(x) for x in features], encode)
+    lengths = torch.tensor([len(x) for x in frames], device=device)
+    return Encoded(nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths)
 
 
 class AedScorer(AudioScorer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,8 +68,8 @@ class DecoderScorer(Scorer[Histories]):
         """An empty trie for `rows` utterances."""
 
     @abstractmethod
-    def _prompt(self) -> list[int]:
-        """The labels before the first real one (bos, task labels), the same for every utterance; at least one."""
+    def _prompts(self, rows: int) -> Sequence[Sequence[int]]:
+        """The labels before the first real one (bos, task labels, audio) of each utterance; at least one each."""
 
     @abstractmethod
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
@@ -78,8 +79,10 @@ class DecoderScorer(Scorer[Histories]):
     def start(self, rows: int) -> Histories:
         trie = self._begin(rows)
         group = torch.arange(rows, device=trie.label.device)
-        prompt = torch.tensor(self._prompt(), device=group.device).expand(rows, -1)
-        behind, new = trie.extend(group, torch.full_like(group, -1), prompt, torch.full_like(group, prompt.shape[1]))
+        prompts = [torch.tensor(x) for x in self._prompts(rows)]
+        lengths = torch.tensor([len(x) for x in prompts], dtype=torch.long, device=group.device)
+        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(group.device) if rows else group[:, None]
+        behind, new = trie.extend(group, torch.full_like(group, -1), padded, lengths)
         if new is not None:
             trie.hidden[new.group, new.slot] = self._hidden(trie, new)
         return Histories(trie, group, behind[:, -1] if rows else group)

@@ -29,7 +29,8 @@ class HFCausalLM(DecoderScorer):
         self.vocabulary = vocabulary
         self.prompt = prompt
         self.decoder: Any = model.base_model
-        self.output = _output_layer(model, vocabulary)
+        with torch.no_grad():
+            self.output = output_layer(model, vocabulary)
         text_config: Any = model.config.get_text_config(decoder=True)
         self._layers = int(text_config.num_hidden_layers)
         # A sliding window would need masks by distance; histories of speech stay far below it, so that is where we stop.
@@ -67,8 +68,8 @@ class HFCausalLM(DecoderScorer):
         weight = self.output.weight
         return Trie.empty(rows, width=weight.shape[1], cache=node_cache(self._layers), device=weight.device, dtype=weight.dtype)
 
-    def _prompt(self) -> list[int]:
-        return [self.vocabulary.bos, *(self.vocabulary.encode(self.prompt.rstrip()) if self.prompt.strip() else [])]
+    def _prompts(self, rows: int) -> list[list[int]]:
+        return [[self.vocabulary.bos, *(self.vocabulary.encode(self.prompt.rstrip()) if self.prompt.strip() else [])]] * rows
 
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
         if int(new.positions.max()) >= self._longest:
@@ -88,7 +89,8 @@ class HFCausalLM(DecoderScorer):
         return out.last_hidden_state[0]
 
 
-def _output_layer(model: PreTrainedModel, vocabulary: Vocabulary) -> OutputLayer:
+def output_layer(model: PreTrainedModel, vocabulary: Vocabulary) -> OutputLayer:
+    """The model's output matrix, its rows beyond the vocabulary left out, with gradients where they are on. Raises ModelError."""
     head: Any = model.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output embeddings: it is not a language model")
@@ -101,10 +103,8 @@ def _output_layer(model: PreTrainedModel, vocabulary: Vocabulary) -> OutputLayer
     config = model.config
     scale = 1.0 / getattr(config, "logits_scaling", 1.0) * (getattr(config, "logit_scale", None) or 1.0)
     bias = getattr(head, "bias", None)
-    weight = head.weight.detach()[: vocabulary.size]
-    return OutputLayer(
-        weight, None if bias is None else bias.detach()[: vocabulary.size], scale, getattr(config, "final_logit_softcapping", None)
-    )
+    weight = head.weight[: vocabulary.size]
+    return OutputLayer(weight, None if bias is None else bias[: vocabulary.size], scale, getattr(config, "final_logit_softcapping", None))
 
 
 def _start_and_end(config: Any) -> dict[str, int | None]:

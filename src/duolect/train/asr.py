@@ -365,8 +365,8 @@ class AsrTask(Task[Heard, AsrBatch]):
 
 def _require_rest(model: CtcModel | AedModel) -> None:
     """Raises TrainError unless all that learns lies on top of an encoder at rest, whose frames can then be kept."""
-    top = isinstance(model, CtcModel) and not model.aux_vocabularies and isinstance(model.encoder, ExtendedEncoder)
-    if not top or any(p.requires_grad for p in model.encoder.base.parameters()):
+    encoder = model.encoder if isinstance(model, CtcModel) and not model.aux_vocabularies else None
+    if not isinstance(encoder, ExtendedEncoder) or any(p.requires_grad for p in encoder.base.parameters()):
         raise TrainError(
             "kept_versions keeps an encoder's frames: give the model layers on top of one that rests, one CTC head, no decoder"
         )
