@@ -40,9 +40,10 @@ ENGLISH_ONLY_ROWS = 51864
 
 
 class AttentionModel(ABC):
-    """An attention encoder-decoder: it makes one Scorer per batch of audio."""
+    """A decoder that hears: it makes one Scorer per batch of audio. written: how its text looks."""
 
     vocabulary: Vocabulary
+    written: Literal["sentence", "lower"] = "sentence"
 
     @abstractmethod
     def scorer(self, audios: Sequence[np.ndarray]) -> DecoderScorer:
@@ -50,8 +51,13 @@ class AttentionModel(ABC):
 
 
 def load_attention_model(name: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AttentionModel:
-    """The encoder-decoder of a model folder of ours, or Whisper of a folder or hub id. Raises ModelError."""
-    if (Path(name) / "config.json").is_file() and read_config(Path(name)).get("type") in ("aed", "ctc"):
+    """The encoder-decoder or speech LLM of a model folder of ours, or Whisper of a folder or hub id. Raises ModelError."""
+    kind = read_config(Path(name)).get("type") if (Path(name) / "config.json").is_file() else None
+    if kind == "speech_llm":
+        from duolect.models.speech_llm import SpeechLlm  # which needs this file
+
+        return SpeechLlm.load(name, dtype=dtype, device=device)
+    if kind in ("aed", "ctc"):
         return AedModel.load(name, dtype=dtype, device=device)
     return WhisperAed.load(name, dtype=dtype, device=device)
 
@@ -95,6 +101,8 @@ class AedModel(nn.Module, AttentionModel):
     As an acoustic model the folder is its CTC part (`load_acoustic_model`). max_seconds: of audio that the decoder is asked about.
     """
 
+    written = "lower"
+
     def __init__(self, ctc: CtcModel, dims: DecoderDims, *, max_seconds: float = 30.0) -> None:
         super().__init__()
         if not isinstance(ctc.vocabulary, SentencePieceVocabulary):
@@ -116,9 +124,21 @@ class AedModel(nn.Module, AttentionModel):
             self, encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds, dtype=self.decoder.embedding.weight.dtype)
         )
 
+    def parts(self) -> dict[str, nn.Module]:
+        """What learns at rates of its own, beside the CTC part."""
+        return {"decoder": self.decoder}
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a state dict by the names they have in a model folder, where the CTC part is a CTC model's."""
+        return {name.removeprefix("ctc."): x for name, x in state.items()}
+
     def weights(self) -> dict[str, Tensor]:
-        """The model's own tensors by the names they have in a model folder, where the CTC part is a CTC model's."""
-        return {name.removeprefix("ctc."): x for name, x in self.state_dict().items()}
+        """The model's own tensors by the names they have in a model folder."""
+        return self.named(self.state_dict())
+
+    def save_vocabularies(self, folder: Path) -> None:
+        """Writes the CTC part's vocabularies, which are the decoder's too."""
+        self.ctc.save_vocabularies(folder)
 
     def settings(self) -> dict[str, object]:
         """What config.json must hold to build the model again without weights and vocabularies."""

@@ -126,9 +126,17 @@ class CtcModel(nn.Module, AcousticModel):
         """How long audio is cut, in feature frames."""
         return Windowing(round(1 / SECONDS_PER_FRAME), round(self.seconds_per_frame / SECONDS_PER_FRAME), self.window_seconds)
 
+    def parts(self) -> dict[str, nn.Module]:
+        """What learns at rates of its own, beside encoder and heads: nothing."""
+        return {}
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a state dict by the names they have in a model folder: the same."""
+        return dict(state)
+
     def weights(self) -> dict[str, Tensor]:
         """The model's own tensors by the names they have in a model folder."""
-        return dict(self.state_dict())
+        return self.named(self.state_dict())
 
     def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
         """Writes a model folder; the weights in `dtype`, the vocabulary beside them, `card` as README.md."""
@@ -163,7 +171,8 @@ class CtcModel(nn.Module, AcousticModel):
         folder = Path(folder)
         config = read_config(folder)
         model = cls.of_config(config, folder)
-        load_weights(model.weights(), folder, ignore="decoder.")
+        source = config.get("sources", {}).get("ctc")  # of a speech LLM whose encoder rested
+        load_weights(model.weights(), Path(resolve(source)) if source else folder, ignore=("decoder.", "adapter.", "cross.", "llm."))
         return model if head is None else model.ending_at(head)
 
     @classmethod
@@ -212,11 +221,11 @@ def save_model(
     (folder / "model.safetensors.part").replace(folder / "model.safetensors")
 
 
-def load_weights(weights: Mapping[str, Tensor], folder: Path, *, ignore: str | None = None) -> None:
-    """Sets a model's own tensors, by name, to those in a model folder; names that start with `ignore` are left out. Raises ModelError."""
+def load_weights(weights: Mapping[str, Tensor], folder: Path, *, ignore: tuple[str, ...] = ()) -> None:
+    """Sets a model's own tensors, by name, to those in a model folder; names that begin with one of `ignore` are left out. ModelError."""
     path = folder / "model.safetensors"
     try:
-        stored = {n: x for n, x in load_file(path).items() if ignore is None or not n.startswith(ignore)}
+        stored = {n: x for n, x in load_file(path).items() if not n.startswith(ignore)}
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: does not fit config.json ({' '.join(str(error).split())[:200]}): copy the folder again") from error
     odd = sorted(n for n in weights.keys() | stored.keys() if n not in weights or n not in stored or weights[n].shape != stored[n].shape)
@@ -304,7 +313,7 @@ def _output_lengths(model: Any) -> Callable[[Tensor], Tensor] | None:
 def load_acoustic_model(name: str | Path) -> AcousticModel:
     """The CTC model of an embedded name (`duolect-ctc`), a model folder of ours, or a Hugging Face folder or hub id. Raises ModelError."""
     place = resolve(str(name))
-    if Path(place).is_dir() and read_config(Path(place)).get("type") in ("ctc", "aed"):
+    if Path(place).is_dir() and read_config(Path(place)).get("type") in ("ctc", "aed", "speech_llm"):
         return CtcModel.load(place)
     return HuggingFaceCtc.load(str(place))
 

@@ -49,19 +49,7 @@ class HFCausalLM(DecoderScorer):
         gguf_file: str | None = None,
     ) -> HFCausalLM:
         """The scorer of a hub id, a folder (of transformers or of ours, with vocabulary.json), or a .gguf file."""
-        path = Path(name)
-        options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-        if path.suffix == ".gguf" and path.is_file():
-            path, options = path.parent, {"gguf_file": path.name}
-        source = str(path) if path.exists() else str(name)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa", **options)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{name} does not load as a causal language model: {str(error).strip().splitlines()[0]}") from error
-        if (path / VOCABULARY_FILE).is_file():
-            vocabulary = load_vocabulary(path)
-        else:
-            vocabulary = TokenizerVocabulary.load(source, **_start_and_end(model.config), **options)
+        model, vocabulary = load_language_model(name, dtype=dtype, gguf_file=gguf_file)
         return cls(model.to(device), vocabulary, prompt=prompt)  # pyright: ignore[reportArgumentType]
 
     def _begin(self, rows: int) -> Trie:
@@ -87,6 +75,26 @@ class HFCausalLM(DecoderScorer):
                 use_cache=True,
             )
         return out.last_hidden_state[0]
+
+
+def load_language_model(
+    name: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32", gguf_file: str | None = None
+) -> tuple[PreTrainedModel, Vocabulary]:
+    """The model of transformers of a hub id, a folder (of transformers or of ours) or a .gguf file, and its vocabulary. ModelError."""
+    path = Path(name)
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    if path.suffix == ".gguf" and path.is_file():
+        path, options = path.parent, {"gguf_file": path.name}
+    source = str(path) if path.exists() else str(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa", **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{name} does not load as a causal language model: {str(error).strip().splitlines()[0]}") from error
+    if (path / VOCABULARY_FILE).is_file():
+        vocabulary = load_vocabulary(path)
+    else:
+        vocabulary = TokenizerVocabulary.load(source, **_start_and_end(model.config), **options)
+    return model, vocabulary
 
 
 def output_layer(model: PreTrainedModel, vocabulary: Vocabulary) -> OutputLayer:

@@ -6,6 +6,7 @@ Our own rather than peft's: forty lines, so that a trained folder loads with wha
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,18 @@ def merge_lora(model: nn.Module) -> None:
     """Adds every low-rank path to the weight beside it: the model computes the same and has its old names again."""
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear)]:
         _set(model, name, module.merged())
+
+
+def merged_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A state dict with the low-rank paths of its linear layers merged into their weights, by the names from before `add_lora`."""
+    merged = dict(state)
+    for path in [name.removesuffix(".down") for name in state if name.endswith(".down") and f"{name[:-5]}.linear.weight" in state]:
+        change = scale * merged.pop(f"{path}.up") @ merged.pop(f"{path}.down")
+        weight = merged.pop(f"{path}.linear.weight")
+        merged[f"{path}.weight"] = weight + (change if change.shape == weight.shape else change.T)
+        if f"{path}.linear.bias" in merged:
+            merged[f"{path}.bias"] = merged.pop(f"{path}.linear.bias")
+    return merged
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

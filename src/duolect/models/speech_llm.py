@@ -9,31 +9,33 @@ Legend: B utterances, L text positions, T audio positions, W width, H heads, S h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from duolect.config import registered
+from duolect.config import from_json, registered, to_json
 from duolect.models import ModelError
 from duolect.models.adapters import Adapter, AdapterDims
-from duolect.models.aed import AedOutput, AttentionModel, encoded_whole
+from duolect.models.aed import AedModel, AedOutput, AttentionModel, Precision, encoded_whole
 from duolect.models.attention_decoder import histories
 from duolect.models.cache import Trie
-from duolect.models.ctc import CtcModel, Heads
+from duolect.models.ctc import CtcModel, Heads, load_weights, read_config, save_model
 from duolect.models.decoder import DecoderScorer
+from duolect.models.embedded import resolve
 from duolect.models.encoders import frame_mask
-from duolect.models.lm import output_layer
-from duolect.models.lora import Lora, add_lora
+from duolect.models.lm import load_language_model, output_layer
+from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
 from duolect.models.packed import NewNodes, attend_packed, node_cache, packing, use_packed_attention
 from duolect.models.rehead import Initial, label_embeddings, rehead
-from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
+from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 
 
 @registered
@@ -41,10 +43,11 @@ from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
 class SpeechLlmDims:
     """How the language model hears and what of it learns.
 
-    before, after: prompts around the audio. bidirectional: audio positions see each other in both directions (prefix only). learns: of the
-    language model: `all`, low-rank paths (`lora`) or `nothing` but what was added to it; embeddings: whether its embeddings may learn.
-    units: its own labels, or those of the CTC head with new embeddings (rehead, initial). pretrained: false for random weights.
-    recompute: activations are computed again in the backward pass, for memory.
+    before, after: prompts around the audio. bidirectional: audio positions see each other in both directions (prefix only). encoder:
+    whether the CTC model learns, with low-rank paths in its encoder, or rests. learns: of the language model: `all`, low-rank paths
+    (`lora`) or `nothing` but what was added to it; embeddings: whether its embeddings may learn. units: its own labels, or those of the CTC
+    head with new embeddings (see rehead). pretrained: false for random weights. recompute: activations are computed again in the backward
+    pass, for memory.
     """
 
     attention: Literal["prefix", "merged", "cross"] = "prefix"
@@ -52,6 +55,8 @@ class SpeechLlmDims:
     before: str = ""
     after: str = ""
     bidirectional: bool = False
+    encoder: Literal["learn", "lora", "rest"] = "learn"
+    encoder_lora: Lora = field(default_factory=Lora)
     learns: Literal["all", "lora", "nothing"] = "lora"
     lora: Lora = field(default_factory=Lora)
     embeddings: Literal["learn", "rest"] = "rest"
@@ -70,31 +75,40 @@ class SpeechLlmDims:
 class SpeechLlm(nn.Module, AttentionModel):
     """A CTC model's encoder, an adapter and a causal language model of transformers.
 
-    vocabulary: of the language model as it came. As an acoustic model the folder is its CTC part, without audio it is a language model.
-    The text it learns and gives is lower case.
+    vocabulary: of the language model as it came. sources: names of the models that `ctc` and `llm` came from and that a folder need not
+    hold: of those, only what learned is saved. As an acoustic model the folder is its CTC part, as a language model the same without
+    audio. Its text is lower case.
     """
 
     written = "lower"
 
     def __init__(
-        self, ctc: CtcModel, llm: PreTrainedModel, vocabulary: Vocabulary, dims: SpeechLlmDims, *, max_seconds: float = 30.0
+        self,
+        ctc: CtcModel,
+        llm: PreTrainedModel,
+        vocabulary: Vocabulary,
+        dims: SpeechLlmDims,
+        *,
+        sources: Mapping[str, str] | None = None,
+        max_seconds: float = 30.0,
     ) -> None:
         super().__init__()
         assert ctc.vocabulary.blank is not None
         self.dims, self.ctc, self.max_seconds = dims, ctc, min(max_seconds, ctc.encoder.max_seconds)
+        self.sources = dict(sources or {})
         self.llm = llm
         matrix = self.embeddings.weight.detach()
         spread, labels = float(matrix[: vocabulary.size].std()), None
         if dims.adapter.labels:
             labels = label_embeddings(matrix, vocabulary, ctc.vocabulary)
-        if dims.units == "ctc":
+        if dims.units == "ctc" and vocabulary.digest() != ctc.vocabulary.digest():
             if not isinstance(own := ctc.vocabulary, SentencePieceVocabulary):
                 raise ModelError(f"units=ctc: the CTC head's labels are a {type(own).__name__}, expected SentencePiece: set units=own")
             own = own.without_blank()
             rehead(llm, vocabulary, own, initial=dims.initial)
             vocabulary = own
         self.vocabulary = vocabulary
-        _let_learn(llm, dims)
+        _let_learn(ctc, llm, dims)
         use_packed_attention(llm)
         width = matrix.shape[1]
         self.adapter = Adapter(dims.adapter, width=ctc.encoder.dim, out=width, blank=ctc.vocabulary.blank, spread=spread, embeddings=labels)
@@ -106,6 +120,12 @@ class SpeechLlm(nn.Module, AttentionModel):
         if dims.recompute:
             llm.gradient_checkpointing_enable({"use_reentrant": False})
         self.prompts = [vocabulary.encode(text) if text.strip() else [] for text in (dims.before, dims.after)]
+
+    def train(self, mode: bool = True) -> SpeechLlm:
+        super().train(mode)
+        if self.dims.encoder == "rest":  # its dropout and its batch-norms rest too
+            self.ctc.eval()
+        return self
 
     @property
     def decoder(self) -> Any:
@@ -200,6 +220,86 @@ class SpeechLlm(nn.Module, AttentionModel):
         encoded = encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds)
         audio, lengths = self.adapter(encoded, self.ctc.of_encoded(encoded).main)
         return SpeechLlmScorer(self, audio.to(self.embeddings.weight.dtype), lengths)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What learns at rates of its own, beside the CTC part."""
+        return {"adapter": nn.ModuleList([self.adapter, self.cross]), "llm": self.llm}
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a state dict by their names in a model folder: the CTC part is a CTC model's, what a source has anyway is left out."""
+        learned = {name for name, p in self.named_parameters() if p.requires_grad}
+        kept = {name: x for name, x in state.items() if name.split(".")[0] not in self.sources or name in learned}
+        if (head := self._tied_name()) is not None:
+            kept.pop(head, None)
+        ctc = {name.removeprefix("ctc."): x for name, x in kept.items() if name.startswith("ctc.")}
+        return {**merged_state(ctc, self.dims.encoder_lora.scale), **{n: x for n, x in kept.items() if not n.startswith("ctc.")}}
+
+    def _tied_name(self) -> str | None:
+        """The state's second name of the embeddings, where they are the output matrix too."""
+        head: Any = self.llm.get_output_embeddings()
+        if head.weight is not self.embeddings.weight:
+            return None
+        return next(f"{name}.weight" for name, module in self.named_modules() if module is head)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's own tensors by the names they have in a model folder."""
+        return self.named(self.state_dict())
+
+    def settings(self) -> dict[str, object]:
+        """What config.json must hold to build the model again without weights and vocabularies."""
+        return {
+            **self.ctc.settings(),
+            "type": "speech_llm",
+            "dims": to_json(self.dims),
+            "llm": self.llm.config.to_dict(),
+            "sources": self.sources,
+            "language": self.vocabulary.digest(),
+            "max_seconds": self.max_seconds,
+        }
+
+    def save_vocabularies(self, folder: Path) -> None:
+        """Writes the CTC part's vocabularies to the folder, the language model's to its folder llm."""
+        self.ctc.save_vocabularies(folder)
+        (folder / "llm").mkdir(parents=True, exist_ok=True)
+        self.vocabulary.save(folder / "llm")
+
+    def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
+        """Writes a model folder; the weights in `dtype`, the vocabularies beside them, `card` as README.md."""
+        save_model(folder, self.settings(), self.weights(), card=card, dtype=dtype)
+        self.save_vocabularies(Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> SpeechLlm:
+        """The model that `save` wrote, low-rank paths merged, in eval mode. Raises ModelError."""
+        folder = Path(folder)
+        config = read_config(folder)
+        if config.get("type") != "speech_llm":
+            raise ModelError(f"{folder}: is a model of type {config.get('type')}, expected speech_llm: name the folder of a speech LLM")
+        dims, sources = from_json(config["dims"], where=f"{folder}/config.json"), config["sources"]
+        assert isinstance(dims, SpeechLlmDims)
+        if "llm" in sources:
+            llm, vocabulary = load_language_model(resolve(sources["llm"]))
+        else:
+            settings = dict(config["llm"])
+            llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+            vocabulary = load_vocabulary(folder / "llm")
+        # What learned in the encoder was merged into it when it was saved.
+        model = cls(CtcModel.load(folder), llm, vocabulary, replace(dims, encoder="rest", recompute=False), sources=sources)
+        if model.vocabulary.digest() != config["language"]:
+            raise ModelError(
+                f"{folder}: was trained on {sources.get('llm', 'llm/')} of vocabulary {config['language']}, found "
+                f"{model.vocabulary.digest()}: that model has changed since, get the one it was trained on"
+            )
+        load_weights(model.weights(), folder)
+        merge_lora(model.llm)
+        model.dims, model.sources = replace(model.dims, learns="all"), {}  # saved again, it is whole
+        for part in (model.llm, model.cross):
+            part.to(getattr(torch, dtype))
+        return model.to(device).eval()
+
+
+Trainable = CtcModel | AedModel | SpeechLlm
+"""What the recipes train."""
 
 
 class CrossAttention(nn.Module):
@@ -344,8 +444,12 @@ def _key_value(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return key.transpose(1, 2), value.transpose(1, 2)
 
 
-def _let_learn(llm: PreTrainedModel, dims: SpeechLlmDims) -> None:
-    """Sets what of the language model has gradients."""
+def _let_learn(ctc: CtcModel, llm: PreTrainedModel, dims: SpeechLlmDims) -> None:
+    """Sets what of the encoder and of the language model has gradients; what rested before (frozen layers) goes on resting."""
+    if dims.encoder == "rest":
+        ctc.requires_grad_(False)
+    elif dims.encoder == "lora":
+        add_lora(ctc.encoder, dims.encoder_lora)
     embeddings: Any = llm.get_input_embeddings()
     head: Any = llm.get_output_embeddings()
     if dims.learns == "lora":

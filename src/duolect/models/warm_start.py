@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from duolect.models import ModelError
-from duolect.models.aed import AedModel
 from duolect.models.ctc import CtcModel, read_config
 from duolect.models.encoders import encoder_from_settings
+from duolect.models.speech_llm import SpeechLlm, Trainable
 
 BY_LABEL = re.compile(r"decoder\.(embedding|aux\.\d+\.1)\.")
 """Weights whose rows are labels of the main vocabulary, the CTC heads aside."""
@@ -45,13 +45,15 @@ class WarmStart:
 
 
 @torch.no_grad()
-def warm_start(model: CtcModel | AedModel, source: str | Path | Mapping[str, Tensor]) -> WarmStart:
+def warm_start(model: Trainable, source: str | Path | Mapping[str, Tensor]) -> WarmStart:
     """Sets the model's weights to those of the same name and shape in a model folder, a safetensors file or a state, and reports.
 
     A CTC head is known by the layer it hears and by its vocabulary, so the main head of 16 layers becomes the auxiliary one at layer 16 of
     18. In a folder the vocabularies' digests say whether rows mean the same labels; a bare state is trusted where shapes agree. Layers that
     the source lacks stay as they are. ModelError where nothing fits.
     """
+    if isinstance(model, SpeechLlm) and model.dims.encoder == "lora":
+        raise ModelError("a warm start of an encoder with low-rank paths: name the encoder's model itself, --set encoder.model=<folder>")
     config, state = _read(source)
     own, ctc = model.weights(), model if isinstance(model, CtcModel) else model.ctc
     mine, theirs = _described(model.settings(), own), _described(config, state)

@@ -21,6 +21,7 @@ from duolect.config import registered
 from duolect.data.filter import Case, Labelled, usable
 from duolect.data.pieces import train_pieces
 from duolect.data.sources import open_source
+from duolect.models.adapters import AdapterDims
 from duolect.models.aed import AedModel
 from duolect.models.attention_decoder import DecoderDims
 from duolect.models.conformer import PRESETS, ConformerDims, ConformerEncoder
@@ -28,6 +29,9 @@ from duolect.models.ctc import CtcModel
 from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoder, WhisperEncoder
 from duolect.models.extended import ExtendedEncoder, TopDims
+from duolect.models.lm import load_language_model
+from duolect.models.lora import Lora
+from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims, Trainable
 from duolect.models.warm_start import warm_start
 from duolect.run import RunFolder, write_json
 from duolect.train.asr import AsrTask, Corpus, Learning
@@ -65,6 +69,23 @@ class FromWhisper:
 
 @registered
 @dataclass(frozen=True)
+class FromModel:
+    """Encoder, CTC heads and units of a model of ours, by name or folder."""
+
+    model: str = "duolect-ctc"
+
+
+@registered
+@dataclass(frozen=True)
+class LlmPart:
+    """The language model of a speech LLM: an embedded name, folder, .gguf file or hub id, and how it hears and learns."""
+
+    model: str = "smollm2-135m"
+    dims: SpeechLlmDims = field(default_factory=SpeechLlmDims)
+
+
+@registered
+@dataclass(frozen=True)
 class AsrExperiment:
     """An acoustic model and how it comes about. heads: layers with an auxiliary CTC head. checks: validation sets by name, the first one
     decides what is best. held_out: so many training utterances of rare speakers are kept for the check `held-out`. start: a model folder or
@@ -73,11 +94,12 @@ class AsrExperiment:
     recipe: str
     corpora: tuple[Corpus, ...]
     training: TrainConfig
-    encoder: ConformerDims | FromWhisper
+    encoder: ConformerDims | FromWhisper | FromModel
     checks: Mapping[str, str] = field(default_factory=dict)
     units: Units = field(default_factory=Units)
     heads: tuple[int, ...] = ()
     decoder: DecoderDims | None = None
+    llm: LlmPart | None = None
     learning: Learning = field(default_factory=Learning)
     held_out: int = 0
     start: str = ""
@@ -201,8 +223,64 @@ def whisper_ctc(sources: Sequence[str], checks: Sequence[str], text: str) -> Asr
     return replace(first, recipe="whisper_ctc", corpora=corpora, training=training, encoder=encoder, learning=Learning(batch_seconds=30.0))
 
 
+def speech_llm(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
+    """A small speech LLM, for CPUs: the embedded CTC model at rest, its frames averaged by label, SmolLM2-135M with low-rank paths.
+
+    Real speech first, then synthesized: the first source is heard whole in every epoch, a seventh of each other.
+    """
+    noise = Augmentation(noise_chance=0.35, snr_db=(8.0, 30.0), spec=None)
+    dims = SpeechLlmDims(adapter=AdapterDims("ctc", labels=True), encoder="rest")
+    return AsrExperiment(
+        "speech_llm",
+        tuple(Corpus(x, 1 if i == 0 else 7, noise) for i, x in enumerate(sources)),
+        TrainConfig({"top": 0.0, "encoder": 0.0, "adapter": 1e-3, "llm": 3e-4}, seconds=3600, validate_every=250, save_every=250),
+        FromModel(),
+        _named(checks),
+        Units(text=text, folder="duolect-ctc"),
+        llm=LlmPart(dims=dims),
+        learning=Learning(batch_seconds=60.0, kept_versions=2, decoder_check=24),
+        held_out=40,
+        max_seconds=20.0,
+    )
+
+
+def loquacious_speech_llm(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
+    """The paper's prefix LLM (paper.md 1.8), one epoch: Qwen2-0.5B at 120 ms, rsLoRA 320, `--set encoder.model=<AED folder>`."""
+    experiment = loquacious_aed(sources, checks, text)
+    dims = SpeechLlmDims(
+        adapter=AdapterDims("concat", 2),
+        before="USER: ",
+        after="Transcribe speech to text. ASSISTANT: ",
+        lora=Lora(rank=320, alpha=16.0, dropout=0.1),
+    )
+    schedule = WarmUp(2000, "cosine", 0.001)
+    rates = {"top": 1e-4, "encoder": 1e-4, "adapter": 1e-4, "llm": 1e-4}
+    training = replace(experiment.training, learning_rates=rates, epochs=1.0, schedule=schedule)
+    return replace(
+        experiment,
+        recipe="loquacious_speech_llm",
+        training=training,
+        encoder=FromModel("loquacious-aed"),
+        heads=(),
+        decoder=None,
+        llm=LlmPart("Qwen/Qwen2-0.5B", dims),
+    )
+
+
 RECIPES: Mapping[str, Recipe] = {
-    f.__name__: f for f in (tiny, mini, whisper_top, whisper_ctc, librispeech_aed, librispeech_aed_base, loquacious_aed, continued)
+    f.__name__: f
+    for f in (
+        tiny,
+        mini,
+        whisper_top,
+        whisper_ctc,
+        speech_llm,
+        librispeech_aed,
+        librispeech_aed_base,
+        loquacious_aed,
+        loquacious_speech_llm,
+        continued,
+    )
 }
 
 
@@ -220,17 +298,21 @@ def run(
     Raises RunError for a folder of another experiment, DataError, ModelError and TrainError.
     """
     torch.manual_seed(experiment.training.seed)
-    encoder = _encoder(experiment.encoder)
-    if odd := experiment.training.learning_rates.keys() - {"top", "encoder", "decoder"}:
-        raise TrainError(
-            f"learning_rates of {', '.join(sorted(odd))}: expected top, encoder and, with a decoder, decoder: correct the name"
-        )
+    known = {"top", "encoder", *(["adapter", "llm"] if experiment.llm else ["decoder"] if experiment.decoder else [])}
+    if odd := experiment.training.learning_rates.keys() - known:
+        raise TrainError(f"learning_rates of {', '.join(sorted(odd))}: expected {', '.join(sorted(known))}: correct the name")
+    made = _encoder(experiment.encoder)  # before the folder: a wrong name leaves none
     if world.first:
         _open(experiment, out, world, command, deviations)
     world.barrier()
-    vocabulary = _units(experiment, out, world)
-    ctc = CtcModel(encoder, vocabulary, aux=dict.fromkeys(experiment.heads, vocabulary))
+    if isinstance(made, CtcModel):
+        ctc = made
+    else:
+        vocabulary = _units(experiment, out, world)
+        ctc = CtcModel(made, vocabulary, aux=dict.fromkeys(experiment.heads, vocabulary))
     model = ctc if experiment.decoder is None else AedModel(ctc, experiment.decoder)
+    if experiment.llm is not None:
+        model = _speech_llm(experiment, experiment.llm, ctc)
     if experiment.start:
         report = warm_start(model, experiment.start)
         _say(world, str(report))
@@ -241,7 +323,7 @@ def run(
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or rest) / 1e6 for rest in (True, False))
     _say(world, f"{size:.1f} M parameters, {trained:.1f} M of them learn; on {world.size} x {world.device}")
     card = f"# {experiment.recipe}\n\nTrained by duolect; the whole experiment is recipe.json of its run folder.\n"
-    task = AsrTask(model, experiment.learning, corpora, checks, seed=experiment.training.seed, card=card)
+    task = AsrTask(model, experiment.learning, corpora, checks, seed=experiment.training.seed, case=experiment.units.case, card=card)
     return train(task, experiment.training, out, world=world, layers=_layers(model), mirror=mirror)
 
 
@@ -337,9 +419,25 @@ def _texts(experiment: AsrExperiment, out: Path) -> Path:
     return path
 
 
-def _encoder(config: ConformerDims | FromWhisper) -> Encoder:
+def _speech_llm(experiment: AsrExperiment, part: LlmPart, ctc: CtcModel) -> SpeechLlm:
+    """The speech LLM of an experiment; its folder leaves out what rests and can be had by name."""
+    if experiment.decoder is not None:
+        raise TrainError("an experiment has a decoder or an llm, not both: --set decoder=null")
+    place = resolve(part.model)
+    llm, vocabulary = load_language_model(place)
+    if not part.dims.pretrained:
+        llm = type(llm)(llm.config)
+    sources = {"llm": part.model} if part.dims.pretrained and part.dims.learns != "all" else {}
+    if isinstance(experiment.encoder, FromModel) and part.dims.encoder == "rest" and not experiment.start:
+        sources["ctc"] = experiment.encoder.model
+    return SpeechLlm(ctc, llm, vocabulary, part.dims, sources=sources)
+
+
+def _encoder(config: ConformerDims | FromWhisper | FromModel) -> Encoder | CtcModel:
     if isinstance(config, ConformerDims):
         return ConformerEncoder(config)
+    if isinstance(config, FromModel):
+        return CtcModel.load(resolve(config.model))
     encoder = WhisperEncoder.from_whisper(resolve(config.whisper), merge_after=config.merge_after)
     frozen: list[nn.Module] = [encoder.conv1, encoder.conv2, *encoder.layers[: config.frozen]]
     if config.frozen >= encoder.depth:
@@ -375,7 +473,7 @@ def _check_set(name: str, source: str, ctc: CtcModel, experiment: AsrExperiment,
     return found.items
 
 
-def _layers(model: CtcModel | AedModel) -> list[nn.Module]:
+def _layers(model: Trainable) -> list[nn.Module]:
     """What a sharded run shards by itself: every layer."""
     return [
         layer for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1 for layer in module if _heavy(layer)

@@ -18,14 +18,15 @@ from duolect.audio.features import HOP
 from duolect.audio.io import AudioError
 from duolect.config import registered
 from duolect.data.batching import batches_by_seconds, dealt, shuffled_batches, sub_epoch
-from duolect.data.filter import Labelled
+from duolect.data.filter import Case, Labelled, with_case
 from duolect.data.pieces import SubwordSampler
 from duolect.data.utterance import Utterance, load_audio
 from duolect.models.aed import AedModel
 from duolect.models.attention_decoder import smoothed_cross_entropy
 from duolect.models.ctc import CtcModel, CtcOutput, Heads, save_model
-from duolect.models.encoders import Encoded
+from duolect.models.encoders import Encoded, Encoder
 from duolect.models.extended import ExtendedEncoder
+from duolect.models.speech_llm import SpeechLlm, Trainable
 from duolect.search.fusion import Fused
 from duolect.search.label import label_beam_search
 from duolect.train.checkpoint import TrainError
@@ -122,23 +123,24 @@ class _HeadsOf(nn.Module):
 class AsrTask(Task[Heard, AsrBatch]):
     """CTC (and attention) training of a model on corpora; checks: validation sets by name."""
 
-    model: CtcModel | AedModel
+    model: Trainable
 
     def __init__(
         self,
-        model: CtcModel | AedModel,
+        model: Trainable,
         learning: Learning,
         corpora: Sequence[tuple[Corpus, Sequence[Labelled]]],
         checks: Mapping[str, Sequence[Labelled]],
         *,
         seed: int,
+        case: Case = "lower",
         card: str = "",
     ) -> None:
         self.model, self.learning, self.corpora, self.checks, self.seed, self.card = model, learning, list(corpora), checks, seed, card
+        self.case: Case = case
         self.ctc = model if isinstance(model, CtcModel) else model.ctc
         self._network = _HeadsOf(model) if isinstance(model, CtcModel) else model
-        if learning.kept_versions:
-            _require_rest(model)
+        self._at_rest = _at_rest(model) if learning.kept_versions else None
         hours = sum(x.seconds for _, items in self.corpora for x in items) / 3600
         self._audio: dict[Recording, np.ndarray] | None = {} if hours <= KEPT_HOURS else None
         self._frames: dict[tuple[Recording, int], Tensor] = {}
@@ -153,11 +155,10 @@ class AsrTask(Task[Heard, AsrBatch]):
         return self._network
 
     def groups(self) -> Mapping[str, nn.Module]:
-        """`top` (heads, layers on top of a pre-trained encoder), `decoder`, `encoder`."""
+        """`top` (heads, layers on top of a pre-trained encoder), the model's other parts, `encoder`."""
         encoder = self.ctc.encoder
         top = [self.ctc.head, self.ctc.aux, *([encoder.top] if isinstance(encoder, ExtendedEncoder) else [])]
-        decoder = {"decoder": self.model.decoder} if isinstance(self.model, AedModel) else {}
-        return {"top": nn.ModuleList(top), **decoder, "encoder": encoder}
+        return {"top": nn.ModuleList(top), **self.model.parts(), "encoder": encoder}
 
     def name_of(self, item: Heard) -> str:
         return item.item.utterance.id
@@ -234,10 +235,10 @@ class AsrTask(Task[Heard, AsrBatch]):
 
     @torch.no_grad()
     def _encoded(self, audio: Tensor) -> Tensor:
-        """[T, D] frames of the encoder below the layers on top, in eval mode: what a frozen encoder always gives."""
-        encoder = self.ctc.encoder
-        assert isinstance(encoder, ExtendedEncoder)
-        base, was = encoder.base, encoder.base.training
+        """[T, D] frames of the encoder that rests, in eval mode: what it always gives."""
+        base = self._at_rest
+        assert base is not None
+        was = base.training
         base.eval()
         device = next(base.parameters()).device
         features = base.features(audio.to(device))
@@ -255,7 +256,7 @@ class AsrTask(Task[Heard, AsrBatch]):
                     masks[row, : len(mask)] = torch.from_numpy(mask)
         labels, sizes = {}, {}
         for name, vocabulary in self._targets().items():
-            own = [x.labels if vocabulary is self.ctc.vocabulary else vocabulary.encode(x.utterance.text or "") for x in labelled]
+            own = [x.labels if vocabulary is self.ctc.vocabulary else vocabulary.encode(self._text(x)) for x in labelled]
             labels[name] = nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=torch.long) for x in own], batch_first=True)
             sizes[name] = torch.tensor([len(x) for x in own])
         return AsrBatch(
@@ -268,11 +269,16 @@ class AsrTask(Task[Heard, AsrBatch]):
             duration=sum(x.seconds for x in labelled),
         )
 
+    def _text(self, item: Labelled) -> str:
+        return " ".join(with_case(item.utterance.text or "", self.case).split())
+
     def _targets(self) -> dict[str, Vocabulary]:
         """The labels that each loss needs, by its name."""
         heads = {"ctc": self.ctc.vocabulary, **{f"ctc{n}": v for n, v in self.ctc.aux_vocabularies.items()}}
         if isinstance(self.model, AedModel):
             heads |= {"ce": self.ctc.vocabulary, **{f"ce{n}": self.ctc.vocabulary for n in self.model.decoder.dims.aux}}
+        if isinstance(self.model, SpeechLlm):
+            heads = {"ce": self.model.vocabulary} | (heads if self.model.dims.encoder != "rest" else {})
         return heads
 
     def losses(self, batch: AsrBatch) -> Mapping[str, Tensor]:
@@ -282,30 +288,36 @@ class AsrTask(Task[Heard, AsrBatch]):
         """(sums of the losses, the main head's output)."""
         labels, sizes = batch.labels, batch.label_sizes
         losses: dict[str, Tensor] = {}
-        if batch.kept:
-            heads = self._from_frames(batch)
+        if isinstance(self.model, CtcModel):
+            heads = self._from_frames(batch) if batch.kept else self.network(**self._features(batch))
         else:
-            features = [self.ctc.encoder.features(x[:n]) for x, n in zip(batch.sound, batch.sizes.tolist(), strict=True)]
-            lengths = torch.tensor([len(x) for x in features], device=batch.sound.device)
-            padded = nn.utils.rnn.pad_sequence(features, batch_first=True)
-            hidden = None if batch.hidden is None else batch.hidden[:, : padded.shape[1]]
-            if isinstance(self.model, AedModel):
-                output = self.network(padded, lengths, labels["ce"], sizes["ce"], hidden=hidden)
-                heads, smoothing = output.heads, self.learning.smoothing
-                losses["ce"] = smoothed_cross_entropy(output.logits, output.targets, smoothing=smoothing)
-                for n, logits in output.aux.items():
-                    losses[f"ce{n}"] = smoothed_cross_entropy(logits, output.targets, smoothing=smoothing)
+            if batch.kept:
+                assert isinstance(self.model, SpeechLlm)
+                output = self.model.of_heads(self._from_frames(batch), labels["ce"], sizes["ce"])
             else:
-                heads = self.network(padded, lengths, hidden=hidden)
-        losses["ctc"] = ctc_loss(heads.main, labels["ctc"], sizes["ctc"], self.ctc.vocabulary)
-        for n, head in heads.aux.items():
-            losses[f"ctc{n}"] = ctc_loss(head, labels[f"ctc{n}"], sizes[f"ctc{n}"], self.ctc.aux_vocabularies[n])
+                output = self.network(**self._features(batch), labels=labels["ce"], sizes=sizes["ce"])
+            heads, smoothing = output.heads, self.learning.smoothing
+            losses["ce"] = smoothed_cross_entropy(output.logits, output.targets, smoothing=smoothing)
+            for n, logits in output.aux.items():
+                losses[f"ce{n}"] = smoothed_cross_entropy(logits, output.targets, smoothing=smoothing)
+        if "ctc" in labels:
+            losses["ctc"] = ctc_loss(heads.main, labels["ctc"], sizes["ctc"], self.ctc.vocabulary)
+            for n, head in heads.aux.items():
+                losses[f"ctc{n}"] = ctc_loss(head, labels[f"ctc{n}"], sizes[f"ctc{n}"], self.ctc.aux_vocabularies[n])
         return losses, heads.main
 
+    def _features(self, batch: AsrBatch) -> dict[str, Tensor | None]:
+        """What the network hears, as its arguments."""
+        features = [self.ctc.encoder.features(x[:n]) for x, n in zip(batch.sound, batch.sizes.tolist(), strict=True)]
+        padded = nn.utils.rnn.pad_sequence(features, batch_first=True)
+        lengths = torch.tensor([len(x) for x in features], device=padded.device)
+        return {"features": padded, "lengths": lengths, "hidden": None if batch.hidden is None else batch.hidden[:, : padded.shape[1]]}
+
     def _from_frames(self, batch: AsrBatch) -> Heads:
-        encoder = self.ctc.encoder
-        assert isinstance(encoder, ExtendedEncoder)
-        return self.ctc.of_encoded(encoder.top(Encoded(batch.sound, batch.sizes)))
+        encoder, encoded = self.ctc.encoder, Encoded(batch.sound, batch.sizes)
+        whole = self._at_rest is encoder
+        assert whole or isinstance(encoder, ExtendedEncoder)
+        return self.ctc.of_encoded(encoded if whole else encoder.top(encoded))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
 
     def validate(self, rank: int, world: int) -> Mapping[str, Ratio]:
         figures: dict[str, Ratio] = {}
@@ -315,9 +327,11 @@ class AsrTask(Task[Heard, AsrBatch]):
             for key in names:
                 parts = [part[key] for part in found if key in part]
                 figures[f"{name} {key}"] = replace(parts[0], sum=sum(p.sum for p in parts), count=sum(p.count for p in parts))
-            if isinstance(self.model, AedModel) and number == 0 and self.learning.decoder_check:
+            if not isinstance(self.model, CtcModel) and number == 0 and self.learning.decoder_check:
                 few, sounds = self._readable(items[rank : self.learning.decoder_check : world])
-                figures[f"{name} AED WER"] = errors(self._attended(sounds), few)
+                found = self._attended(sounds)
+                figures[f"{name} decoder WER"] = errors([text for text, _ in found], few)
+                figures[f"{name} runaway"] = Ratio(sum(ran for _, ran in found), len(found), "percent")
         return figures
 
     def _check_batches(self, items: Sequence[Labelled]) -> list[list[int]]:
@@ -348,28 +362,35 @@ class AsrTask(Task[Heard, AsrBatch]):
                 self._cannot_read(item.utterance, error)
         return kept, audios
 
-    def _attended(self, sounds: Sequence[np.ndarray]) -> Iterator[str]:
-        """What the decoder hears, greedily."""
-        assert isinstance(self.model, AedModel)
+    def _attended(self, sounds: Sequence[np.ndarray]) -> list[tuple[str, bool]]:
+        """What the decoder hears, greedily, and whether it ran on until it was stopped."""
+        assert not isinstance(self.model, CtcModel)
+        found: list[tuple[str, bool]] = []
         for start in range(0, len(sounds), 16):
             audios = sounds[start : start + 16]
             limit = torch.tensor([len(x) // 1600 + 10 for x in audios])  # ten labels a second
-            found = label_beam_search({"aed": Fused(scorer=self.model.scorer(audios), scale=1.0)}, len(audios), beam=1, max_labels=limit)
-            yield from (nbest[0].text if nbest else "" for nbest in found)
+            lists = label_beam_search({"it": Fused(scorer=self.model.scorer(audios), scale=1.0)}, len(audios), beam=1, max_labels=limit)
+            found += [
+                (nbest[0].text, len(nbest[0].labels) >= most) if nbest else ("", True)
+                for nbest, most in zip(lists, limit.tolist(), strict=True)
+            ]
+        return found
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None:
-        named = {name.removeprefix("ctc."): x for name, x in weights.items()} if isinstance(self.model, AedModel) else weights
-        save_model(folder, self.model.settings(), named, card=f"{self.card}\nTrained so far: {note}.\n")
-        self.ctc.save_vocabularies(folder)
+        save_model(folder, self.model.settings(), self.model.named(weights), card=f"{self.card}\nTrained so far: {note}.\n")
+        self.model.save_vocabularies(folder)
 
 
-def _require_rest(model: CtcModel | AedModel) -> None:
-    """Raises TrainError unless all that learns lies on top of an encoder at rest, whose frames can then be kept."""
+def _at_rest(model: Trainable) -> Encoder:
+    """The encoder whose frames can be kept, because nothing below them learns. Raises TrainError where there is none."""
+    if isinstance(model, SpeechLlm) and model.dims.encoder == "rest" and not model.ctc.aux_vocabularies:
+        return model.ctc.encoder
     encoder = model.encoder if isinstance(model, CtcModel) and not model.aux_vocabularies else None
     if not isinstance(encoder, ExtendedEncoder) or any(p.requires_grad for p in encoder.base.parameters()):
         raise TrainError(
-            "kept_versions keeps an encoder's frames: give the model layers on top of one that rests, one CTC head, no decoder"
+            "kept_versions keeps the frames of an encoder that rests: give the model one, and layers on top with one CTC head, or an LLM"
         )
+    return encoder.base
 
 
 def _place(utterance: Utterance) -> Recording:
