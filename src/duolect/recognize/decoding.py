@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from torch import Tensor
 
 from duolect.config import registered
 from duolect.models.ctc import CtcOutput
 from duolect.recognize.models import Models
 from duolect.scorer import Hypothesis, Scorer
 from duolect.search.ctc import ctc_beam_search, ctc_greedy
+from duolect.search.draft import Draft, greedy_with_drafts
 from duolect.search.fusion import (
     AtEnd,
     AtWordEnd,
@@ -35,7 +37,7 @@ from duolect.search.prefix import CtcPrefix
 from duolect.search.reduce import prune_labels, soft_collapse
 from duolect.vocabulary import Vocabulary
 
-for _schedule in (AtEnd, AtWordEnd, Every, EveryLabel, ShortestHypothesis, TextPolicy):
+for _schedule in (AtEnd, AtWordEnd, Draft, Every, EveryLabel, ShortestHypothesis, TextPolicy):
     registered(_schedule)
 
 
@@ -56,6 +58,10 @@ class Batch:
     borrowed: float = 0.0
     _shared: dict[str, tuple[Scorer[Any], float]] = field(default_factory=dict)
 
+    def most_labels(self, per_second: float) -> Tensor:
+        """[B] how many labels an output may have by the length of its audio."""
+        return ((self.output.lengths * self.seconds_per_frame * per_second).long() + 10).clamp(max=400)
+
     def shared(self, name: str, make: Callable[[], Scorer[Any]]) -> Scorer[Any]:
         """The scorer of that name, made when first asked for."""
         if name in self._shared:
@@ -68,12 +74,16 @@ class Batch:
         return scorer
 
 
+WRITTEN = {"sentence": TextPolicy(case="sentence", end="."), "lower": TextPolicy(case="lower", punctuation="drop")}
+"""How words are written for a model by the looks of its text."""
+
+
 class Term(ABC):
     """One scorer of the log-linear model, as a config."""
 
     scale: float
     when: Schedule
-    policy: TextPolicy  # how words are written for it where it hears another vocabulary
+    policy: TextPolicy | None  # how words are written for it where it hears another vocabulary
     hears_ctc: ClassVar[bool] = False  # whether it reads the CTC model's output
 
     @property
@@ -89,11 +99,15 @@ class Term(ABC):
     def native(self, batch: Batch) -> Scorer[Any]:
         """The scorer in its own vocabulary."""
 
+    def spelling(self, batch: Batch) -> TextPolicy:
+        """How words are written for it."""
+        return self.policy or TextPolicy()
+
     def fused(self, batch: Batch, vocabulary: Vocabulary) -> Fused:
         """The term as a search over `vocabulary` takes it: wrapped in Retokenized where its own is another."""
         scorer = self.native(batch)
         if scorer.vocabulary.digest() != vocabulary.digest():
-            scorer = Retokenized(scorer, vocabulary, policy=self.policy, begun=self.begun)
+            scorer = Retokenized(scorer, vocabulary, policy=self.spelling(batch), begun=self.begun)
         return Fused(scorer=scorer, scale=self.scale, when=self.when)
 
 
@@ -122,12 +136,15 @@ class Language(Term):
 @registered
 @dataclass(frozen=True)
 class Attention(Term):
-    """An attention encoder-decoder that hears the audio itself."""
+    """A model that hears the audio itself: an attention encoder-decoder, a speech LLM. policy: None for the spelling it was trained on."""
 
     model: str
     scale: float = 1.0
     when: Schedule = field(default_factory=EveryLabel)
-    policy: TextPolicy = field(default_factory=lambda: TextPolicy(case="sentence", end="."))
+    policy: TextPolicy | None = None
+
+    def spelling(self, batch: Batch) -> TextPolicy:
+        return self.policy or WRITTEN[batch.models.attention(self.model).written]
 
     def load(self, models: Models, acoustic: str) -> None:
         models.attention(self.model)
@@ -256,13 +273,15 @@ class TimeSynchronous(Decoding):
 class LabelSynchronous(Decoding):
     """Label-by-label beam search in the vocabulary of the first term. Greedy is beam 1.
 
-    length_exponent normalizes by length (AED or speech LLM alone; off with CTC). labels_per_second bounds the output by the audio.
+    length_exponent normalizes by length (AED or speech LLM alone; off with CTC). labels_per_second bounds the output by the audio;
+    repeats: a hypothesis that says the same so many times in a row is made to end.
     """
 
     terms: Mapping[str, Term]
     beam: int = 4
     length_exponent: float = 0.0
     labels_per_second: float = 10.0
+    repeats: int | None = None
 
     @property
     def hears_ctc(self) -> bool:
@@ -278,10 +297,37 @@ class LabelSynchronous(Decoding):
         vocabulary = first.vocabulary
         fused = {name: term.fused(batch, vocabulary) for name, term in self.terms.items() if name != lead}
         fused = {lead: Fused(scorer=first, scale=self.terms[lead].scale, when=self.terms[lead].when), **fused}
-        limit = (batch.output.lengths * batch.seconds_per_frame * self.labels_per_second).long() + 10
         return label_beam_search(
-            fused, len(batch.audios), beam=self.beam, max_labels=limit.clamp(max=400), length_exponent=self.length_exponent
+            fused,
+            len(batch.audios),
+            beam=self.beam,
+            max_labels=batch.most_labels(self.labels_per_second),
+            length_exponent=self.length_exponent,
+            repeats=self.repeats,
         )
 
     def scales(self) -> Mapping[str, float]:
         return {name: term.scale for name, term in self.terms.items()}
+
+
+@registered
+@dataclass(frozen=True)
+class Speculative(Decoding):
+    """Greedy search of one model that hears, checked against the CTC model's greedy transcript as a draft. Same result, fewer passes;
+    with `draft.slack` > 0 the CTC model's labels win where they are nearly as good."""
+
+    terms: Mapping[str, Term]
+    draft: Draft = field(default_factory=Draft)
+    labels_per_second: float = 10.0
+
+    def run(self, batch: Batch) -> list[list[Hypothesis]]:
+        if len(self.terms) != 1:
+            raise SearchError(f"speculative decoding has {len(self.terms)} terms ({', '.join(self.terms)}): give it the one that decodes")
+        ((name, term),) = self.terms.items()
+        heard, spelled = ctc_greedy(batch.output.log_probs, batch.output.lengths, vocabulary=batch.vocabulary), term.spelling(batch)
+        drafts = [spelled.text(nbest[0].text if nbest else "") for nbest in heard]
+        limit = batch.most_labels(self.labels_per_second)
+        return greedy_with_drafts(term.native(batch), drafts, max_labels=limit, name=name, settings=self.draft).nbest
+
+    def scales(self) -> Mapping[str, float]:
+        return dict.fromkeys(self.terms, 1.0)

@@ -167,6 +167,14 @@ class TextPolicy:
         """What a text is written from: its words, parted at punctuation too where that is dropped."""
         return (text.translate(SPACED) if self.punctuation == "drop" else text).split()
 
+    def text(self, text: str) -> str:
+        """A whole text as the scorer is to see it."""
+        written: list[str] = []
+        for word in self.words(text):
+            if found := self(word, first=not written):
+                written.append(found)
+        return " ".join(written) + (self.end if written else "")
+
     def parts(self, piece: str) -> bool:
         """Whether a word begins with a label of this written form, because it begins with punctuation that is dropped."""
         return self.punctuation == "drop" and piece[:1] in PARTING and not piece.startswith(("##", "<"))

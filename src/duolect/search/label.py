@@ -17,6 +17,8 @@ from duolect.search.fusion import Fused, Pending, SearchError, weighted
 from duolect.vocabulary import Vocabulary
 
 NEG = float("-inf")
+LONGEST_LOOP = 8
+"""Labels of a repeated stretch that `looping` looks for."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,15 @@ def label_beam_search(
     max_labels: int | Tensor,
     length_exponent: float = 0.0,
     stop: Literal["best", "all"] = "best",
+    repeats: int | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> list[list[Hypothesis]]:
     """Up to `beam` finished hypotheses per utterance, best first, by (sum_i scale_i * log p_i) / (labels incl. eos)^length_exponent.
 
     Scorers whose schedule looks ahead propose labels; the others are asked when their schedule says so. `vocabulary`: the search's,
     else that of the first scorer. max_labels (int or [B]): a hypothesis of that many labels can only end. stop: `best` ends an
-    utterance once nothing still growing can overtake its best finished hypothesis, `all` once the whole beam has ended.
+    utterance once nothing still growing can overtake its best finished hypothesis, `all` once the whole beam has ended. repeats: a
+    hypothesis that ends in so many repetitions of the same 1 to LONGEST_LOOP labels can only end; None: nobody looks.
     """
     first = next(iter(fused.values()), None)
     vocabulary = vocabulary or (first.scorer.vocabulary if first else None)
@@ -71,11 +75,18 @@ def label_beam_search(
     for name, f in fused.items():
         vocabulary.require_same(f.scorer.vocabulary, here="the search", there=name)
     with torch.no_grad():
-        return _search(fused, utterances, vocabulary, beam, max_labels, length_exponent, stop)
+        return _search(fused, utterances, vocabulary, beam, max_labels, length_exponent, stop, repeats)
 
 
 def _search(
-    fused: Mapping[str, Fused], utterances: int, vocabulary: Vocabulary, beam: int, max_labels: int | Tensor, exponent: float, stop: str
+    fused: Mapping[str, Fused],
+    utterances: int,
+    vocabulary: Vocabulary,
+    beam: int,
+    max_labels: int | Tensor,
+    exponent: float,
+    stop: str,
+    repeats: int | None,
 ) -> list[list[Hypothesis]]:
     terms = {}
     for name, f in fused.items():
@@ -92,7 +103,10 @@ def _search(
     bounded = stop == "best" and exponent == 0 and all(f.scale >= 0 for f in fused.values())
     while len(who):
         step += 1
-        now, terms = _grow(now, terms, limit[who], vocabulary, beam, exponent, step)
+        only_end = now.ended | (now.length >= limit[who, None])
+        if repeats is not None:
+            only_end |= looping(now.history, now.length, repeats=repeats)
+        now, terms = _grow(now, terms, only_end, vocabulary, beam, exponent, step)
         terms = {name: _fuse(term, now, starts, step - 1) for name, term in terms.items()}
         now = _rescored(now, terms)
         done = now.ended.all(1)
@@ -112,8 +126,20 @@ def _search(
     return results
 
 
+def looping(history: Tensor, length: Tensor, *, repeats: int) -> Tensor:
+    """[...] bool: whether histories [..., L] of lengths [...] end in `repeats` >= 2 repetitions of the same 1 to LONGEST_LOOP labels."""
+    found = torch.zeros_like(length, dtype=torch.bool)
+    for period in range(1, LONGEST_LOOP + 1):
+        back = length[..., None] - 1 - torch.arange(period * (repeats - 1))
+        fits = length >= period * repeats
+        if bool(fits.any()):
+            same = history.gather(-1, back.clamp(min=0)) == history.gather(-1, (back - period).clamp(min=0))
+            found |= fits & same.all(-1)
+    return found
+
+
 def _grow(
-    now: Beam, terms: Mapping[str, Term], limit: Tensor, vocabulary: Vocabulary, beam: int, exponent: float, step: int
+    now: Beam, terms: Mapping[str, Term], only_end: Tensor, vocabulary: Vocabulary, beam: int, exponent: float, step: int
 ) -> tuple[Beam, dict[str, Term]]:
     groups, k = now.score.shape
     eos, v = vocabulary.eos, vocabulary.size
@@ -125,7 +151,6 @@ def _grow(
             step_scores = step_scores + weighted(term.fused.scale, log_probs).view(groups, k, v)
     silent = [x for x in (vocabulary.blank, vocabulary.bos) if x is not None and x != eos]
     step_scores[..., silent] = NEG
-    only_end = now.ended | (now.length >= limit[:, None])
     others = torch.arange(v) != eos
     step_scores = step_scores.masked_fill(only_end[..., None] & others, NEG)
     step_scores[..., eos] = torch.where(now.ended, 0.0, step_scores[..., eos])
