@@ -46,16 +46,21 @@ class LoraLinear(nn.Module):
         self.down = nn.Parameter(torch.empty(config.rank, inputs, dtype=linear.weight.dtype, device=linear.weight.device))
         self.up = nn.Parameter(torch.zeros(outputs, config.rank, dtype=linear.weight.dtype, device=linear.weight.device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(F.dropout(x, self.dropout, self.training), self.down)
         return self.linear(x) + self.scale * F.linear(low, self.up)
 
+    def change(self, up: Tensor, down: Tensor) -> Tensor:
+        """What low-rank matrices add to the weight, in its layout."""
+        product = self.scale * up @ down
+        return product.T if isinstance(self.linear, Conv1D) else product
+
     @torch.no_grad()
     def merged(self) -> nn.Linear | Conv1D:
         """The linear layer with the product added to its weight."""
-        change = self.scale * self.up @ self.down
-        self.linear.weight.add_(change.T if isinstance(self.linear, Conv1D) else change)
+        self.linear.weight.add_(self.change(self.up, self.down))
         return self.linear
 
 
@@ -81,15 +86,15 @@ def merge_lora(model: nn.Module) -> None:
         _set(model, name, module.merged())
 
 
-def merged_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A state dict with the low-rank paths of its linear layers merged into their weights, by the names from before `add_lora`."""
+def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the model with its low-rank paths merged into the weights beside them, by the names from before `add_lora`."""
     merged = dict(state)
-    for path in [name.removesuffix(".down") for name in state if name.endswith(".down") and f"{name[:-5]}.linear.weight" in state]:
-        change = scale * merged.pop(f"{path}.up") @ merged.pop(f"{path}.down")
-        weight = merged.pop(f"{path}.linear.weight")
-        merged[f"{path}.weight"] = weight + (change if change.shape == weight.shape else change.T)
-        if f"{path}.linear.bias" in merged:
-            merged[f"{path}.bias"] = merged.pop(f"{path}.linear.bias")
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            change = module.change(merged.pop(f"{name}.up"), merged.pop(f"{name}.down"))
+            merged[f"{name}.weight"] = merged.pop(f"{name}.linear.weight") + change
+            if f"{name}.linear.bias" in merged:
+                merged[f"{name}.bias"] = merged.pop(f"{name}.linear.bias")
     return merged
 
 

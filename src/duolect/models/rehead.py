@@ -18,10 +18,11 @@ def label_embeddings(matrix: Tensor, old: Vocabulary, new: Vocabulary, *, initia
     """[new.size, W] embeddings of the labels of `new`, of a matrix [>= old.size, W] of those of `old`.
 
     `pieces`: the mean of the old embeddings of the label's text, with its space in front where it begins a word; bos and eos are the old
-    ones; a label without text (blank, unknown) is the mean of all. `random`: normal, with the old matrix' mean and deviation.
+    ones; a label without text (blank, unknown) is the mean of all. `random`: normal, with the old mean and deviation
+    of each dimension.
     """
     matrix = matrix[: old.size].float()
-    out = torch.randn(new.size, matrix.shape[1]) * matrix.std().cpu() + matrix.mean(0).cpu()
+    out = torch.randn(new.size, matrix.shape[1]) * matrix.std(0).cpu() + matrix.mean(0).cpu()
     if initial == "random":
         return out.to(matrix.device)
     for label in range(new.size):
@@ -29,7 +30,7 @@ def label_embeddings(matrix: Tensor, old: Vocabulary, new: Vocabulary, *, initia
             ids = [old.bos if label == new.bos and new.bos != new.eos else old.eos]
         else:
             text = new.decode([label])
-            ids = old.encode((" " if new.starts_word(label) and text else "") + text)
+            ids = old.encode((" " if new.starts_word(label) else "") + text)
         out[label] = (matrix[ids].mean(0) if ids else matrix.mean(0)).cpu()
     return out.to(matrix.device)
 

@@ -232,7 +232,7 @@ class SpeechLlm(nn.Module, AttentionModel):
         if (head := self._tied_name()) is not None:
             kept.pop(head, None)
         ctc = {name.removeprefix("ctc."): x for name, x in kept.items() if name.startswith("ctc.")}
-        return {**merged_state(ctc, self.dims.encoder_lora.scale), **{n: x for n, x in kept.items() if not n.startswith("ctc.")}}
+        return {**merged_state(self.ctc, ctc), **{n: x for n, x in kept.items() if not n.startswith("ctc.")}}
 
     def _tied_name(self) -> str | None:
         """The state's second name of the embeddings, where they are the output matrix too."""
