@@ -12,6 +12,7 @@ import torch
 
 from duolect.models.ctc import CtcModel
 from duolect.models.encoders import WhisperDims, WhisperEncoder
+from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims
 from duolect.recognize.models import Models
 from duolect.vocabulary import SentencePieceVocabulary
 from tests.conftest import byte_level, sentence_pieces, tiny_lm
@@ -21,7 +22,8 @@ TEXTS = ["ab abba", "ba", "bab aa bb", "a ab", "abba ba", "bb bab ab", "aa"]
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory) -> dict[str, Path]:
-    """Folders: `am` (CTC, SentencePiece units), `unit` (LM in these units), `llm` (byte-level LM), and a `corpus` with manifest."""
+    """Folders: `am` (CTC, SentencePiece units), `unit` (LM in these units), `llm` (byte-level LM), `sllm` (a speech LLM of `am` and `llm`),
+    and a `corpus` with manifest."""
     root = tmp_path_factory.mktemp("zoo")
     pieces = sentence_pieces(TEXTS * 5, size=16)
     torch.manual_seed(0)
@@ -34,6 +36,8 @@ def zoo(tmp_path_factory) -> dict[str, Path]:
         lm = tiny_lm("llama", vocabulary)
         lm.model.save_pretrained(root / name)
         vocabulary.save(root / name)
+    heard = SpeechLlm(CtcModel.load(root / "am"), lm.model, lm.vocabulary, SpeechLlmDims(before="ab", learns="all", embeddings="learn"))
+    heard.save(root / "sllm", card="tiny", dtype=torch.float32)
     (root / "am" / "priors.json").write_text(
         json.dumps(
             {
@@ -58,7 +62,7 @@ def zoo(tmp_path_factory) -> dict[str, Path]:
                 "speaker": f"s{i % 3}",
             }
             manifest.write(json.dumps(line) + "\n")
-    return {name: root / name for name in ("am", "unit", "llm", "corpus")}
+    return {name: root / name for name in ("am", "unit", "llm", "sllm", "corpus")}
 
 
 @pytest.fixture

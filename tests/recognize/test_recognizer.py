@@ -27,7 +27,8 @@ from tests.models.test_decoder import tiny_whisper
 
 
 def ingredients(zoo) -> Ingredients:
-    return Ingredients(lm=str(zoo["llm"]), unit_lm=str(zoo["unit"]), aed="tiny", beam=4, nbest=6, interval=3, aed_beam=2)
+    names = {"lm": str(zoo["llm"]), "unit_lm": str(zoo["unit"]), "aed": "tiny", "speech_llm": str(zoo["sllm"])}
+    return Ingredients(**names, beam=4, nbest=6, interval=3, aed_beam=2, sllm_beam=2)
 
 
 def with_whisper(models: Models) -> Models:
@@ -313,9 +314,9 @@ def test_a_missing_prior_and_a_beam_of_nothing_are_said(zoo, models):
 @pytest.mark.parametrize(
     ("kind", "name", "expected"),
     [
-        ("language", "whisper-base", "an attention encoder-decoder, expected a causal language model: name smollm2-135m"),
+        ("language", "whisper-base", "an attention encoder-decoder or speech LLM, expected a causal language model: name smollm2-135m"),
         ("language", "{am}", "is a CTC acoustic model, expected a causal language model"),
-        ("attention", "smollm2-135m", "is a causal language model, expected an attention encoder-decoder: name whisper-base"),
+        ("attention", "smollm2-135m", "is a causal language model, expected an attention encoder-decoder or speech LLM: name whisper-base"),
         ("attention", "{llm}", "is a causal language model, expected an attention"),
         ("acoustic", "{unit}", "is a causal language model, expected a CTC acoustic model: name duolect-ctc"),
         ("language", "smolm2-135m", "did you mean smollm2-135m?"),

@@ -37,6 +37,10 @@ class ModelOptions:
     """Language model in the acoustic model's own labels, for label-wise fusion."""
     aed: str = "whisper-base"
     """Attention encoder-decoder (Whisper)."""
+    speech_llm: str = ""
+    """Speech LLM: the folder of a model that `duolect train speech_llm` made."""
+    model: str = ""
+    """A folder that is acoustic model and decoder in one (AED, speech LLM), in place of --am and --aed or --speech-llm."""
     scales: Path | None = None
     """A folder of scales files as `duolect tune` writes them (llm.json, unit.json, ...); default: the acoustic model's own."""
     beam: int = 8
@@ -71,7 +75,7 @@ def transcribe(
         files: Audio files, folders of them, or manifests.
         models: Models.
         decoding: A named decoding (see `duolect compare --help`) or a JSON file; auto: labelwise-delayed where the unit LM has the
-            acoustic model's units, else delayed.
+            acoustic model's units, else delayed; with --model its decoder and CTC together.
         format: What is written: plain text, or with word times and confidences.
         out: Folder for one file per recording; without it everything goes to standard output.
     """
@@ -194,7 +198,7 @@ def rescore(
     if name in parts:
         raise ValueError(f"{hypotheses}: the hypotheses have a part {name!r} already: choose another --name")
     weights = _weights(name, scale, scales, parts, lines)
-    _quiet()
+    quiet()
     scorer = Models(device=_device(device), precision=precision).language(lm, prompt=prompt)
     labels = labels_for(scorer.vocabulary, [h for line in lines for h in line.nbest], begun=bool(prompt.strip()))
     done = []
@@ -242,7 +246,8 @@ def compare(
     Example: duolect compare --data dev/manifest.jsonl --decodings ctc rescore delayed --limit 50
 
     Named decodings: ctc-greedy ctc rescore rescore-prior delayed delayed-prior word-end shortest unit-rescore labelwise labelwise-prior
-    labelwise-delayed aed-greedy aed aed+ctc-rescore aed+ctc-time aed+ctc-label; all that fit the models by default.
+    labelwise-delayed aed-greedy aed aed+ctc-rescore aed+ctc-time aed+ctc-label, and with a speech LLM sllm-greedy sllm-draft sllm
+    sllm-length sllm+ctc-rescore sllm+ctc-time sllm+ctc-label; all that fit the models by default.
 
     Args:
         data: Manifest, folder or LibriSpeech tree with transcripts; default: the recordings that come with duolect.
@@ -267,7 +272,9 @@ def compare(
         return _report(failures)
     if not (utterances := [u for u in source.utterances if u.text is not None][:limit]):
         raise ValueError(f"{data}: no utterance has a transcript ('text'), so nothing can be compared; `duolect transcribe` needs none")
-    recognizer = _recognizer(models, {name: name for name in decodings or PRESETS}, warn=[u.fields for u in utterances])
+    models = _of_one_folder(models)
+    named = decodings or [name for name, preset in PRESETS.items() if preset.needs is None or getattr(models, preset.needs)]
+    recognizer = _recognizer(models, {name: name for name in named}, warn=[u.fields for u in utterances])
     misfits = {} if decodings else recognizer.misfits()
     recognizer = replace(recognizer, decodings={name: d for name, d in recognizer.decodings.items() if name not in misfits})
     titles = {name: PRESETS[name].title if name in PRESETS else name for name in (*recognizer.decodings, *misfits)}
@@ -309,16 +316,31 @@ def _recognizer(
     word_times: bool = False,
     warn: Sequence[Mapping[str, Any]] = (),
 ) -> Recognizer:
-    _quiet()
+    quiet()
     from duolect.recognize.models import Models
     from duolect.recognize.presets import decoding_of
     from duolect.recognize.recognizer import Recognizer
 
-    models = Models(device=_device(options.device), precision=options.precision)
+    options, models = _of_one_folder(options), Models(device=_device(options.device), precision=options.precision)
     decodings = {name: _chosen(which, options, models) for name, which in decodings.items()}
     ingredients = _ingredients(options, models, decodings.values(), warn)
     made = {name: decoding_of(which, ingredients, overrides) for name, which in decodings.items()}
     return Recognizer(models, options.am, made, batch_seconds=options.batch_seconds, word_times=word_times)
+
+
+def _of_one_folder(options: ModelOptions) -> ModelOptions:
+    """The options with --model spelled out by what its folder says it is."""
+    from duolect.models.ctc import read_config
+
+    if not options.model:
+        return options
+    kind = read_config(Path(options.model)).get("type")
+    if kind not in ("ctc", "aed", "speech_llm"):
+        raise ValueError(
+            f"--model {options.model}: its config.json says type {kind}, expected ctc, aed or speech_llm: use --am, --lm, --aed"
+        )
+    decoder = {"aed": options.model} if kind == "aed" else {"speech_llm": options.model} if kind == "speech_llm" else {}
+    return replace(options, am=options.model, **decoder)
 
 
 def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
@@ -328,6 +350,8 @@ def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
 
     if decoding != "auto":
         return decoding
+    if options.model:
+        return "sllm+ctc-label" if options.speech_llm == options.model else "aed+ctc-label" if options.aed == options.model else "delayed"
     try:
         same = load_vocabulary(place_of(options.unit_lm, "language")).digest() == models.acoustic(options.am).vocabulary.digest()
     except VocabularyError:
@@ -363,7 +387,7 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
         else:
             note = f"not tuned for this pair of models: `duolect tune` writes {wanted}.json"
         models.say(f"scales {wanted}: " + ", ".join(f"{k} {v:g}" for k, v in scales[wanted].items()) + f" ({note})")
-    names = ("lm", "unit_lm", "aed", "prompt", "beam", "nbest", "interval")
+    names = ("lm", "unit_lm", "aed", "speech_llm", "prompt", "beam", "nbest", "interval")
     return Ingredients(scales=scales, **{name: getattr(options, name) for name in names})
 
 
@@ -389,8 +413,8 @@ def _device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _quiet() -> None:
-    # Loading bars and notes of transformers would tear our own progress line apart.
+def quiet() -> None:
+    """Keeps the bars and notes of transformers away, which would tear our own progress line apart."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""train: acoustic models by recipe."""
+"""train: acoustic models and speech LLMs by recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train(
     mirror: Literal["", "tensorboard", "wandb", "trackio"] = "",
     show: Annotated[bool, arg(help="Print the resolved experiment and stop.")] = False,
 ) -> int:
-    """Trains an acoustic model; the same command goes on where it stopped.
+    """Trains an acoustic model or a speech LLM; the same command goes on where it stopped.
 
     Example: duolect train tiny
 
@@ -32,7 +32,8 @@ def train(
 
     Args:
         recipe: tiny (two minutes, the demo by heart), mini (Conformer CTC + AED of 30 h), whisper_top and then whisper_ctc (the embedded
-            CTC model), librispeech_aed, librispeech_aed_base, loquacious_aed, continued (of the paper).
+            CTC model), speech_llm (of embedded models, for CPUs), librispeech_aed, librispeech_aed_base, loquacious_aed, continued,
+            loquacious_speech_llm (of the paper).
         out: Run folder; default: runs/<recipe>.
         train: Speech with transcripts: manifests, folders, LibriSpeech trees, folders that `duolect prepare` made.
         dev: Validation sets, the same kinds; the first decides which weights are best.
@@ -43,10 +44,12 @@ def train(
     import difflib
     import json
 
+    from duolect.cli.recognition import quiet
     from duolect.config import ConfigError, diff, to_json, with_overrides
     from duolect.recipes import asr
     from duolect.train.parallel import join
 
+    quiet()
     if recipe not in asr.RECIPES:
         near = difflib.get_close_matches(recipe, asr.RECIPES, 1)
         raise ValueError(f"recipe {recipe!r} is unknown{f', is {near[0]} meant?' if near else ''}; known: {', '.join(asr.RECIPES)}")

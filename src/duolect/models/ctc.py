@@ -311,8 +311,16 @@ def _output_lengths(model: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 def load_acoustic_model(name: str | Path) -> AcousticModel:
-    """The CTC model of an embedded name (`duolect-ctc`), a model folder of ours, or a Hugging Face folder or hub id. Raises ModelError."""
-    place = resolve(str(name))
+    """The CTC model of an embedded name (`duolect-ctc`), a model folder of ours, or a Hugging Face folder or hub id. Raises ModelError.
+
+    `folder#4`: the auxiliary head at layer 4 of a model of ours.
+    """
+    name, _, head = str(name).partition("#")
+    place = resolve(name)
+    if head:
+        if not head.isdecimal():
+            raise ModelError(f"{name}#{head}: expected the number of a layer behind #, such as {name}#4")
+        return CtcModel.load(place, head=int(head))
     if Path(place).is_dir() and read_config(Path(place)).get("type") in ("ctc", "aed", "speech_llm"):
         return CtcModel.load(place)
     return HuggingFaceCtc.load(str(place))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from duolect.models import ModelError
 from duolect.models.cache import Trie
+from duolect.models.ctc import read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.packed import NewNodes, node_cache, packing, use_packed_attention
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, VocabularyError, load_vocabulary
@@ -49,6 +50,11 @@ class HFCausalLM(DecoderScorer):
         gguf_file: str | None = None,
     ) -> HFCausalLM:
         """The scorer of a hub id, a folder (of transformers or of ours, with vocabulary.json), or a .gguf file."""
+        if Path(name, "config.json").is_file() and read_config(Path(name)).get("type") == "speech_llm":
+            from duolect.models.speech_llm import SpeechLlm  # which needs this file
+
+            heard = SpeechLlm.load(name, dtype=dtype, device=device)  # without audio it is a language model
+            return cls(heard.llm, heard.vocabulary, prompt=prompt)
         model, vocabulary = load_language_model(name, dtype=dtype, gguf_file=gguf_file)
         return cls(model.to(device), vocabulary, prompt=prompt)  # pyright: ignore[reportArgumentType]
 

@@ -78,6 +78,17 @@ WRITTEN = {"sentence": TextPolicy(case="sentence", end="."), "lower": TextPolicy
 """How words are written for a model by the looks of its text."""
 
 
+def reduced(output: CtcOutput, vocabulary: Vocabulary, *, collapse: float | None, keep_labels: int | None) -> CtcOutput:
+    """The CTC model's output with fewer labels and frames, where that is asked for (paper.md 2.3, 2.4)."""
+    log_probs, lengths = output.log_probs, output.lengths
+    if keep_labels is not None:
+        log_probs = prune_labels(log_probs, lengths, keep=keep_labels, vocabulary=vocabulary)
+    if collapse is not None:
+        fewer = soft_collapse(log_probs, lengths, threshold=collapse)
+        log_probs, lengths = fewer.log_probs, fewer.lengths
+    return CtcOutput(log_probs, lengths)
+
+
 class Term(ABC):
     """One scorer of the log-linear model, as a config."""
 
@@ -157,18 +168,32 @@ class Attention(Term):
 @registered
 @dataclass(frozen=True)
 class Ctc(Term):
-    """The CTC model's prefix probabilities, for label-synchronous search."""
+    """The CTC model's prefix probabilities, for label-synchronous search.
+
+    model: another CTC model than the decoding's own; `folder#4` is the auxiliary head of a model at its layer 4. collapse, keep_labels: as
+    in TimeSynchronous.
+    """
 
     hears_ctc: ClassVar[bool] = True
     scale: float = 1.0
     when: Schedule = field(default_factory=EveryLabel)
     policy: TextPolicy = field(default_factory=lambda: TextPolicy(case="lower", punctuation="drop"))
+    model: str = ""
+    collapse: float | None = None
+    keep_labels: int | None = None
 
     def load(self, models: Models, acoustic: str) -> None:
-        models.acoustic(acoustic)
+        models.acoustic(self.model or acoustic)
 
     def native(self, batch: Batch) -> Scorer[Any]:
-        return CtcPrefix(batch.output.log_probs, batch.output.lengths, vocabulary=batch.vocabulary)
+        if not self.model:
+            return self._prefix(batch.output, batch.vocabulary)
+        model = batch.models.acoustic(self.model)
+        return batch.shared(f"ctc {self.model}", lambda: self._prefix(model.log_probs_of(batch.audios), model.vocabulary))
+
+    def _prefix(self, output: CtcOutput, vocabulary: Vocabulary) -> Scorer[Any]:
+        output = reduced(output, vocabulary, collapse=self.collapse, keep_labels=self.keep_labels)
+        return CtcPrefix(output.log_probs, output.lengths, vocabulary=vocabulary)
 
     def fused(self, batch: Batch, vocabulary: Vocabulary) -> Fused:
         fused = super().fused(batch, vocabulary)
@@ -249,16 +274,11 @@ class TimeSynchronous(Decoding):
     beam_floor: float | None = None
 
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
-        log_probs, lengths = batch.output.log_probs, batch.output.lengths
-        if self.keep_labels is not None:
-            log_probs = prune_labels(log_probs, lengths, keep=self.keep_labels, vocabulary=batch.vocabulary)
-        if self.collapse is not None:
-            reduced = soft_collapse(log_probs, lengths, threshold=self.collapse)
-            log_probs, lengths = reduced.log_probs, reduced.lengths
+        output = reduced(batch.output, batch.vocabulary, collapse=self.collapse, keep_labels=self.keep_labels)
         fused = {name: term.fused(batch, batch.vocabulary) for name, term in self.terms.items()}
         return ctc_beam_search(
-            log_probs,
-            lengths,
+            output.log_probs,
+            output.lengths,
             vocabulary=batch.vocabulary,
             beam=self.beam,
             fused=fused,

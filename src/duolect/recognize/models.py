@@ -30,7 +30,7 @@ PRIORS_FILE = "priors.json"
 KINDS = {
     "acoustic": ("a CTC acoustic model", "duolect-ctc"),
     "language": ("a causal language model", "smollm2-135m, duolect-unit-lm"),
-    "attention": ("an attention encoder-decoder", "whisper-base, whisper-tiny.en"),
+    "attention": ("an attention encoder-decoder or speech LLM", "whisper-base, whisper-tiny.en"),
 }
 """What models are asked for as: in words, and the embedded ones."""
 HUB_SECONDS = 5.0
@@ -66,7 +66,7 @@ class Models:
         return self._once(("language", name, prompt), lambda: HFCausalLM.load(place_of(name, "language"), **options))
 
     def attention(self, name: str) -> AttentionModel:
-        """The attention encoder-decoder of that name."""
+        """The attention encoder-decoder or speech LLM of that name."""
         options: dict[str, Any] = {"dtype": self.precision, "device": self.device}
         return self._once(("attention", name), lambda: load_attention_model(place_of(name, "attention"), **options))
 
@@ -91,6 +91,7 @@ class Models:
 
 def place_of(name: str, kind: str) -> str:
     """The folder or hub id of a model of a kind (see KINDS), pulled if need be. Raises ModelError for what is none or out of reach."""
+    name, mark, head = name.partition("#")  # of the acoustic model `folder#4`
     named = [*SHIPPED_MODELS, *MODELS]
     if name not in named and not Path(name).exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -102,7 +103,7 @@ def place_of(name: str, kind: str) -> str:
     found = next((k for k, (_, names) in KINDS.items() if name in names.split(", ")), None) or _kind(resolve(name))
     if found not in (kind, None):
         raise ModelError(f"{name}: is {KINDS[found][0]}, expected {what}: name {embedded}, or a folder or hub id of one")
-    return resolve(name)
+    return resolve(name) + mark + head
 
 
 def _kind(place: str) -> str | None:

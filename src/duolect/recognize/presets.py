@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from duolect.config import ConfigError, from_json, registered, with_overrides
-from duolect.recognize.decoding import Attention, Ctc, Decoding, Greedy, LabelSynchronous, Language, Prior, Term, TimeSynchronous
+from duolect.recognize.decoding import (
+    Attention,
+    Ctc,
+    Decoding,
+    Greedy,
+    LabelSynchronous,
+    Language,
+    Prior,
+    Speculative,
+    Term,
+    TimeSynchronous,
+)
 from duolect.search.fusion import AtEnd, AtWordEnd, Every, EveryLabel, Schedule, ShortestHypothesis
 
 DEFAULT_SCALES: Mapping[str, Mapping[str, float]] = {
@@ -19,6 +30,7 @@ DEFAULT_SCALES: Mapping[str, Mapping[str, float]] = {
     "unit+prior": {"unit": 0.5, "prior": -0.2},
     "unit+llm": {"unit": 0.3, "llm": 0.3},
     "aed": {"aed": 3.0},
+    "sllm": {"sllm": 1.0},
 }
 """Where nothing was tuned: between the paper's optimum (0.43, -0.27) and what untuned LLMs got there."""
 
@@ -31,11 +43,13 @@ class Ingredients:
     lm: str = "smollm2-135m"
     unit_lm: str = "duolect-unit-lm"
     aed: str = "whisper-base"
+    speech_llm: str = ""
     prompt: str = ""
     prior: str = "softmax"
     beam: int = 8
     nbest: int = 20
     aed_beam: int = 4
+    sllm_beam: int = 4
     interval: int = 20
     scales: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: DEFAULT_SCALES)
 
@@ -69,13 +83,25 @@ def _joint_label(x: Ingredients) -> Decoding:
     return LabelSynchronous({"aed": aed, "ctc": Ctc(1.0, EveryLabel())}, x.aed_beam)
 
 
+def _sllm(x: Ingredients, beam: int, *, exponent: float = 0.0, joint: bool = False) -> Decoding:
+    terms: dict[str, Term] = {"sllm": Attention(x.speech_llm, x.scales["sllm"]["sllm"] if joint else 1.0)}
+    if joint:
+        terms["ctc"] = Ctc()
+    return LabelSynchronous(terms, beam, length_exponent=exponent)
+
+
+def _sllm_fused(x: Ingredients, when: Schedule, beam: int) -> Decoding:
+    return TimeSynchronous(beam, {"sllm": Attention(x.speech_llm, x.scales["sllm"]["sllm"], when)})
+
+
 @dataclass(frozen=True)
 class Preset:
-    """A named decoding: its row in a table, and the combination whose scales it uses (None: it has none)."""
+    """A named decoding: its row in a table, the combination whose scales it uses (None: it has none), an ingredient that has no default."""
 
     title: str
     make: Callable[[Ingredients], Decoding]
     scales: str | None = None
+    needs: str | None = None
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -104,12 +130,28 @@ PRESETS: Mapping[str, Preset] = {
         "aed",
     ),
     "aed+ctc-label": Preset("AED + CTC, label-synchronous", _joint_label, "aed"),
+    "sllm-greedy": Preset("Speech LLM greedy", lambda x: _sllm(x, 1), needs="speech_llm"),
+    "sllm-draft": Preset("Speech LLM greedy, CTC as draft", lambda x: Speculative({"sllm": Attention(x.speech_llm)}), needs="speech_llm"),
+    "sllm": Preset("Speech LLM beam", lambda x: _sllm(x, x.sllm_beam), needs="speech_llm"),
+    "sllm-length": Preset("Speech LLM beam, length norm", lambda x: _sllm(x, x.sllm_beam, exponent=1.0), needs="speech_llm"),
+    "sllm+ctc-rescore": Preset(
+        "CTC + speech LLM, n-best rescoring", lambda x: _sllm_fused(x, AtEnd(), x.nbest), "sllm", needs="speech_llm"
+    ),
+    "sllm+ctc-time": Preset(
+        "Speech LLM + CTC, time-synchronous", lambda x: _sllm_fused(x, Every(x.interval), x.beam), "sllm", needs="speech_llm"
+    ),
+    "sllm+ctc-label": Preset(
+        "Speech LLM + CTC, label-synchronous", lambda x: _sllm(x, x.sllm_beam, joint=True), "sllm", needs="speech_llm"
+    ),
 }
 
 
 def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[str, Any] | None = None) -> Decoding:
     """The decoding of a preset's name or of a JSON file (a type-tagged config), with overrides by dotted field. Raises ConfigError."""
     if name_or_file in PRESETS:
+        needs = PRESETS[name_or_file].needs
+        if needs is not None and not getattr(ingredients, needs):
+            raise ConfigError(f"decoding {name_or_file} needs a {needs.replace('_', ' ')}: name one with --{needs.replace('_', '-')}")
         decoding = PRESETS[name_or_file].make(ingredients)
     elif name_or_file.endswith(".json") or Path(name_or_file).is_file():
         try:
@@ -121,5 +163,7 @@ def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[
     else:
         raise ConfigError(f"there is no decoding {name_or_file!r}: name a JSON file or one of {', '.join(PRESETS)}")
     if not isinstance(decoding, Decoding):
-        raise ConfigError(f"{name_or_file}: {type(decoding).__name__} is no decoding: expected Greedy, TimeSynchronous or LabelSynchronous")
+        raise ConfigError(
+            f"{name_or_file}: {type(decoding).__name__} is no decoding: expected Greedy, TimeSynchronous, LabelSynchronous or Speculative"
+        )
     return with_overrides(decoding, overrides) if overrides else decoding

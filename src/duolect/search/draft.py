@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,11 +135,19 @@ class _Row:
 
 
 def remainder(written: str, draft: str) -> str:
-    """What of a draft comes after a written text: all behind its prefix that is nearest to the text in edit distance, the longest such."""
-    target = np.frombuffer(draft.encode("utf-32-le"), dtype=np.uint32)
-    steps = np.arange(len(target) + 1)
-    cost = steps.copy()
-    for letter in np.frombuffer(written.encode("utf-32-le"), dtype=np.uint32):
-        best = np.minimum(cost + 1, np.concatenate([[cost[0] + 1], cost[:-1] + (target != letter)]))
-        cost = np.minimum.accumulate(best - steps) + steps  # letters of the draft that the text lacks
-    return draft[int(len(target) - cost[::-1].argmin()) :]
+    """What of a draft comes after a written text: words are aligned by edit distance, the last one may still be growing."""
+    words, spoken = written.split(" "), draft.split()
+    last = words.pop()
+    costs = list(range(len(spoken) + 1))  # of the words written so far against each number of the draft's
+    for word in words:
+        diagonal, costs[0] = costs[0], costs[0] + 1
+        for n, other in enumerate(spoken, start=1):
+            best = min(costs[n] + 1, costs[n - 1] + 1, diagonal + (word != other))
+            diagonal, costs[n] = costs[n], best
+    place = max(n for n, cost in enumerate(costs) if cost == min(costs))
+    near = [n for n in (place, place + 1, place - 1) if 0 <= n < len(spoken) and spoken[n].startswith(last)]
+    place = near[0] if near else place
+    if place >= len(spoken):
+        return ""
+    # A word that is not the draft's is taken to stand for it, and to be as long.
+    return "".join([spoken[place][len(last) :], *(f" {word}" for word in spoken[place + 1 :])])
