@@ -14,7 +14,7 @@ def main() -> None:
     """Runs `duolect <command> ...`. Exit code 0: all done; 1: some of it failed, as listed; 2: nothing could be done, as said."""
     import tyro
 
-    from duolect.cli import evaluation, maintenance, preparation, recognition, training
+    from duolect.cli import evaluation, maintenance, preparation, recognition, study, training
 
     commands = {
         "transcribe": recognition.transcribe,
@@ -26,6 +26,7 @@ def main() -> None:
         "prepare": preparation.prepare,
         "units": preparation.units,
         "train": training.train,
+        "study": study.study,
         "prior": maintenance.prior,
         "models": maintenance.models,
         "doctor": maintenance.doctor,
@@ -35,7 +36,7 @@ def main() -> None:
     except KeyboardInterrupt:
         words = sys.argv[1:]
         to_files = words[:1] == ["transcribe"] and any(word.split("=")[0] == "--out" for word in words)
-        goes_on = to_files or words[:1] in (["decode"], ["compare"], ["prepare"], ["train"])
+        goes_on = to_files or words[:1] in (["decode"], ["compare"], ["prepare"], ["train"], ["study"])
         print("\nduolect: stopped" + "; the same command continues what was not finished" * goes_on, file=sys.stderr)
         code = 130
     except BrokenPipeError:

@@ -17,7 +17,7 @@ from torch import nn
 
 import duolect
 from duolect.audio.augment import Augmentation, SpecAugment, random_for
-from duolect.config import registered
+from duolect.config import digest, registered
 from duolect.data.filter import Case, Labelled, usable
 from duolect.data.pieces import train_pieces
 from duolect.data.sources import open_source
@@ -293,8 +293,11 @@ def run(
     mirror: str = "",
     command: Sequence[str] | None = None,
     deviations: Sequence[str] = (),
+    frames: dict[Any, Any] | None = None,
 ) -> Mapping[str, float]:
     """The figures of the trained model, which lies in out/model; the same experiment and folder go on where they stopped.
+
+    frames: where frames of an encoder at rest are kept, for several runs with the same one.
 
     Raises RunError for a folder of another experiment, DataError, ModelError and TrainError.
     """
@@ -324,7 +327,9 @@ def run(
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or rest) / 1e6 for rest in (True, False))
     _say(world, f"{size:.1f} M parameters, {trained:.1f} M of them learn; on {world.size} x {world.device}")
     card = f"# {experiment.recipe}\n\nTrained by duolect; the whole experiment is recipe.json of its run folder.\n"
-    task = AsrTask(model, experiment.learning, corpora, checks, seed=experiment.training.seed, case=experiment.units.case, card=card)
+    seed = experiment.training.seed
+    kept = None if frames is None else frames.setdefault(digest(replace(experiment, llm=None)), {})
+    task = AsrTask(model, experiment.learning, corpora, checks, seed=seed, case=experiment.units.case, card=card, frames=kept)
     return train(task, experiment.training, out, world=world, layers=_layers(model), mirror=mirror)
 
 

@@ -135,6 +135,7 @@ class AsrTask(Task[Heard, AsrBatch]):
         seed: int,
         case: Case = "lower",
         card: str = "",
+        frames: dict[tuple[Recording, int], Tensor] | None = None,
     ) -> None:
         self.model, self.learning, self.corpora, self.checks, self.seed, self.card = model, learning, list(corpora), checks, seed, card
         self.case: Case = case
@@ -143,7 +144,7 @@ class AsrTask(Task[Heard, AsrBatch]):
         self._at_rest = _at_rest(model) if learning.kept_versions else None
         hours = sum(x.seconds for _, items in self.corpora for x in items) / 3600
         self._audio: dict[Recording, np.ndarray] | None = {} if hours <= KEPT_HOURS else None
-        self._frames: dict[tuple[Recording, int], Tensor] = {}
+        self._frames = {} if frames is None else frames  # of the encoder that rests, by version
         self._unreadable: set[Recording] = set()
         self._sampler = None
         if learning.sampling is not None:

@@ -1,0 +1,70 @@
+"""study: the paper's ablations, each table by one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from duolect.cli.checks import at_least, writable
+
+
+def study(
+    table: Positional[str],
+    train: tuple[str, ...],
+    test: str,
+    out: Path | None = None,
+    recipe: str = "speech_llm",
+    dev: tuple[str, ...] = (),
+    set: Annotated[tuple[str, ...], arg(help="Changes of the recipe for all rows: field=value ..., such as training.seconds=600.")] = (),
+    decodings: tuple[str, ...] = (),
+    limit: int | None = None,
+    device: str | None = None,
+) -> int:
+    """Trains several speech LLMs that differ in one thing and recognizes with each: one table; the same command goes on.
+
+    Example: duolect study attention --train train.jsonl --test dev.jsonl --set llm.model=duolect-unit-lm training.steps=400
+
+    Args:
+        table: attention (prefix, merged, cross), learning (at rest, LoRA, whole), downsampling (concat 1-4x, conv, by CTC label), prompts,
+            initial (pre-trained or random), units (the LLM's own or the CTC model's).
+        train: Speech with transcripts: manifests, folders, LibriSpeech trees, folders that `duolect prepare` made.
+        test: What is recognized.
+        out: Folder of the runs and of table.md, table.json; default: out/study/<table>.
+        recipe: The recipe of all rows.
+        dev: Validation sets while training.
+        decodings: Named decodings; default: sllm-greedy sllm sllm+ctc-label.
+        limit: Only the first so many utterances of the test set.
+        device: cpu or cuda; default: a GPU if there is one.
+    """
+    import difflib
+
+    from duolect.cli.recognition import quiet
+    from duolect.config import with_overrides
+    from duolect.evaluate.table import json_table, markdown_table, plain_table
+    from duolect.recipes.asr import RECIPES
+    from duolect.run import environment, write_json
+    from duolect.study.tables import DECODINGS, TABLES, Study, measured
+    from duolect.train.parallel import join
+
+    quiet()
+    for what, name, known in (("table", table, TABLES), ("recipe", recipe, RECIPES)):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"{what} {name!r} is unknown{f', is {near[0]} meant?' if near else ''}; known: {', '.join(known)}")
+    if bad := [x for x in set if "=" not in x]:
+        raise ValueError(f"--set {bad[0]}: expected field=value, such as training.seconds=600")
+    at_least(1, limit=limit)
+    out = out or Path("out/study") / table
+    writable("--out", out, folder=True)
+    experiment = with_overrides(RECIPES[recipe](train, dev, ""), dict(x.split("=", 1) for x in set))
+    if experiment.llm is None:
+        raise ValueError(f"recipe {recipe} has no speech LLM: the tables are of one, such as --recipe speech_llm")
+    world = join("replicate", device)
+    found = measured(Study(table, experiment, test, decodings or DECODINGS, limit), out, world=world)
+    if world.first:
+        print(plain_table(found))
+        (out / "table.md").write_text(markdown_table(found), encoding="utf-8")
+        write_json(out / "table.json", {"table": json_table(found), "env": environment(device=str(world.device), seed=0)})
+    return 0

@@ -1,0 +1,120 @@
+"""The paper's ablations of speech LLMs as tables: which rows, what each changes in an experiment (paper.md 5, T4-T10)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duolect.config import with_overrides
+from duolect.data.sources import open_source
+from duolect.evaluate.normalize import normalizer
+from duolect.evaluate.table import Row, rows
+from duolect.evaluate.wer import score_recognized
+from duolect.recipes.asr import AsrExperiment, FromModel, run
+from duolect.recognize.files import decode_to_files
+from duolect.recognize.models import Models
+from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
+from duolect.recognize.recognizer import Recognizer
+from duolect.scorer import read_hypotheses
+from duolect.train.parallel import World
+
+Rows = Mapping[str, Mapping[str, str]]
+
+TABLES: Mapping[str, Rows] = {
+    "attention": {
+        "prefix": {"llm.dims.attention": "prefix"},
+        "prefix, audio in both directions": {"llm.dims.attention": "prefix", "llm.dims.bidirectional": "true"},
+        "merged": {"llm.dims.attention": "merged"},
+        "cross": {"llm.dims.attention": "cross"},
+    },
+    "learning": {
+        "LLM at rest": {"llm.dims.learns": "nothing"},
+        "LoRA": {"llm.dims.learns": "lora"},
+        "LLM whole": {"llm.dims.learns": "all"},
+        "LLM whole, embeddings too": {"llm.dims.learns": "all", "llm.dims.embeddings": "learn"},
+    },
+    "downsampling": {
+        **{
+            f"concat {n}x": {"llm.dims.adapter.labels": "false", "llm.dims.adapter.kind": "concat", "llm.dims.adapter.factor": str(n)}
+            for n in (1, 2, 3, 4)
+        },
+        "conv 2x": {"llm.dims.adapter.labels": "false", "llm.dims.adapter.kind": "conv", "llm.dims.adapter.factor": "2"},
+        "by CTC label": {"llm.dims.adapter.labels": "false", "llm.dims.adapter.kind": "ctc"},
+        "by CTC label, with its posterior": {"llm.dims.adapter.kind": "ctc", "llm.dims.adapter.labels": "true"},
+    },
+    "prompts": {
+        "none": {},
+        "before": {"llm.dims.before": "USER: "},
+        "after": {"llm.dims.after": "Transcribe speech to text. ASSISTANT: "},
+        "both": {"llm.dims.before": "USER: ", "llm.dims.after": "Transcribe speech to text. ASSISTANT: "},
+    },
+    "initial": {
+        "pre-trained": {},
+        "random, whole": {"llm.dims.pretrained": "false", "llm.dims.learns": "all", "llm.dims.embeddings": "learn"},
+        "pre-trained, whole": {"llm.dims.learns": "all", "llm.dims.embeddings": "learn"},
+    },
+    "units": {
+        "the LLM's own": {},
+        "the CTC model's, from the pieces' embeddings": {"llm.dims.units": "ctc"},
+        "the CTC model's, random": {"llm.dims.units": "ctc", "llm.dims.initial": "random"},
+    },
+}
+"""What is compared, by the table's name: the title of each row and the fields it sets."""
+
+DECODINGS = ("sllm-greedy", "sllm", "sllm+ctc-label")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table of TABLES on an experiment with a speech LLM. test: what is recognized; decodings: by which presets; limit: utterances."""
+
+    table: str
+    experiment: AsrExperiment
+    test: str
+    decodings: Sequence[str] = DECODINGS
+    limit: int | None = None
+
+    def experiments(self) -> dict[str, AsrExperiment]:
+        """The experiment of each row."""
+        return {title: with_overrides(self.experiment, changes) for title, changes in TABLES[self.table].items()}
+
+
+def measured(study: Study, out: Path, *, world: World, progress: bool = True) -> tuple[Row, ...]:
+    """The rows of a study: each experiment trained in out/<number>, its decodings of the test set, and CTC alone as the first row.
+
+    What is there already is not made again. Frames of an encoder that rests in all rows are computed once. Raises what training raises.
+    """
+    frames: dict[Any, Any] = {}
+    source = open_source(study.test)
+    utterances = [u for u in source.utterances if u.text is not None][: study.limit]
+    if not utterances:
+        raise ValueError(f"{study.test}: no utterance has a transcript, so nothing can be compared")
+    scores, seconds, audio = {}, dict[str, float](), 0.0
+    for number, (title, experiment) in enumerate(study.experiments().items()):
+        folder = out / f"{number}-{''.join(c if c.isalnum() else '-' for c in title)}"
+        print(f"== {study.table}: {title} ({folder})", file=sys.stderr, flush=True)
+        if not (folder / "result.json").is_file():
+            run(experiment, folder, world=world, frames=frames)
+        model = str(folder / "model")
+        names = ("ctc-greedy", *study.decodings) if not scores else study.decodings
+        # The encoder of a row is its own only where it learned.
+        acoustic = experiment.encoder.model if isinstance(experiment.encoder, FromModel) and _rests(experiment) else model
+        made = {name: decoding_of(name, Ingredients(speech_llm=model)) for name in names}
+        recognizer = Recognizer(Models(device=str(world.device), say=lambda text: None), acoustic, made)
+        files = {name: folder / "hypotheses" / f"{name}.jsonl" for name in made}
+        found = {name: list(read_hypotheses(path)) for name, path in files.items() if path.is_file()}
+        if any([r.id for r in found.get(name, ())] != [u.id for u in utterances] for name in files):
+            found = decode_to_files(recognizer, utterances, files, progress=progress)
+        for name, lines in found.items():
+            row = PRESETS[name].title if name == "ctc-greedy" else f"{title}: {PRESETS[name].title.removeprefix('Speech LLM ')}"
+            scores[row] = score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=Path(study.test).stem)
+            seconds[row] = sum(r.seconds for r in lines)
+            audio = sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None)
+    return rows(scores, seconds=seconds, audio_seconds=audio)
+
+
+def _rests(experiment: AsrExperiment) -> bool:
+    return experiment.llm is not None and experiment.llm.dims.encoder == "rest"
