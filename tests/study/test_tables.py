@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from duolect.config import digest
 from duolect.recipes.asr import RECIPES
-from duolect.study.tables import TABLES, Study, measured
-from duolect.train.parallel import World
+from duolect.study.tables import TABLES, Study
 
 pytest_plugins = ("tests.recognize.conftest",)
 
@@ -41,9 +42,12 @@ def test_a_table_is_trained_recognized_and_continued(zoo, tmp_path, monkeypatch:
     assert "CTC greedy" in table and all(f"{title}: greedy" in table and f"{title}: + CTC" in table for title in TABLES["prompts"])
     assert (tmp_path / "out" / "table.md").is_file() and (tmp_path / "out" / "table.json").is_file()
 
+    before = json.loads((tmp_path / "out" / "table.json").read_text())["table"]["rows"]
     monkeypatch.setattr("duolect.study.tables.run", lambda *x, **y: pytest.fail("trained again"))
+    monkeypatch.setattr("duolect.study.tables.decode_to_files", lambda *x, **y: pytest.fail("recognized again"))
     assert command.study("prompts", (corpus,), corpus, tmp_path / "out", set=changes, decodings=names, limit=3, device="cpu") == 0
-    assert capsys.readouterr().out.split("\n")[2:8] == table.split("\n")[2:8]
+    after = json.loads((tmp_path / "out" / "table.json").read_text())["table"]["rows"]
+    assert [(row["system"], row["wer"]) for row in after] == [(row["system"], row["wer"]) for row in before]
 
 
 def test_wrong_tables_are_refused(tmp_path) -> None:
