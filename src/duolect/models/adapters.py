@@ -77,9 +77,6 @@ class Adapter(nn.Module):
         return self.linear(padded.unfold(1, 2 * factor, factor)[:, : int(lengths.max())].flatten(2)), lengths
 
     def _compressed(self, encoded: Encoded, ctc: CtcOutput) -> tuple[Tensor, Tensor]:
-        if ctc.log_probs.shape[1] != encoded.frames.shape[1]:
-            frames = f"{ctc.log_probs.shape[1]} frames, the encoder {encoded.frames.shape[1]}"
-            raise ValueError(f"the CTC head has {frames}: its stack must be 1")
         segment, lengths = segments(ctc.log_probs.argmax(2), encoded.lengths, blank=self.blank)
         out = self.linear(means(encoded.frames, segment, int(lengths.max())))
         if self.labels is not None:

@@ -31,9 +31,9 @@ from duolect.models.ctc import CtcModel, Heads, load_weights, read_config, save_
 from duolect.models.decoder import DecoderScorer
 from duolect.models.embedded import resolve
 from duolect.models.encoders import frame_mask
-from duolect.models.lm import load_language_model, output_layer
+from duolect.models.lm import HFCausalLM, load_language_model, output_layer
 from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
-from duolect.models.packed import NewNodes, attend_packed, node_cache, packing, use_packed_attention
+from duolect.models.packed import NewNodes, attend_packed, node_cache, packing
 from duolect.models.rehead import Initial, label_embeddings, rehead
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 
@@ -94,8 +94,10 @@ class SpeechLlm(nn.Module, AttentionModel):
     ) -> None:
         super().__init__()
         assert ctc.vocabulary.blank is not None
+        if dims.adapter.kind == "ctc" and ctc.stack > 1:
+            raise ModelError(f"an adapter of kind ctc hears labels frame by frame, the CTC head stacks {ctc.stack}: set kind=concat")
         self.dims, self.ctc, self.max_seconds = dims, ctc, min(max_seconds, ctc.encoder.max_seconds)
-        self.sources = dict(sources or {})
+        self.sources = {part: name for part, name in (sources or {}).items() if part != "ctc" or dims.encoder == "rest"}
         self.llm = llm
         matrix = self.embeddings.weight.detach()
         spread, labels = float(matrix[: vocabulary.size].std()), None
@@ -108,8 +110,8 @@ class SpeechLlm(nn.Module, AttentionModel):
             rehead(llm, vocabulary, own, initial=dims.initial)
             vocabulary = own
         self.vocabulary = vocabulary
+        HFCausalLM(llm, vocabulary)  # refuses a model that cannot be scored through a trie
         _let_learn(ctc, llm, dims)
-        use_packed_attention(llm)
         width = matrix.shape[1]
         self.adapter = Adapter(dims.adapter, width=ctc.encoder.dim, out=width, blank=ctc.vocabulary.blank, spread=spread, embeddings=labels)
         heads = int(llm.config.get_text_config(decoder=True).num_attention_heads)
@@ -117,6 +119,8 @@ class SpeechLlm(nn.Module, AttentionModel):
         self.cross = nn.ModuleList(CrossAttention(width, heads, i) for i in range(count))
         for number in range(count):
             self.layers[number].register_forward_pre_hook(self.cross[number].before, with_kwargs=True)  # type: ignore[arg-type]
+        if dims.attention == "merged":  # raises ModelError where the layers are not known
+            next(self.keys_values(matrix.new_zeros(1, 1, width), torch.zeros(1, 1, dtype=torch.long, device=matrix.device)))
         if dims.recompute:
             llm.gradient_checkpointing_enable({"use_reentrant": False})
         self.prompts = [vocabulary.encode(text) if text.strip() else [] for text in (dims.before, dims.after)]
@@ -284,7 +288,8 @@ class SpeechLlm(nn.Module, AttentionModel):
             llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
             vocabulary = load_vocabulary(folder / "llm")
         # What learned in the encoder was merged into it when it was saved.
-        model = cls(CtcModel.load(folder), llm, vocabulary, replace(dims, encoder="rest", recompute=False), sources=sources)
+        dims = replace(dims, encoder="rest", recompute=False)
+        model = cls(CtcModel.load(folder), llm, vocabulary, dims, sources=sources, max_seconds=config["max_seconds"])
         if model.vocabulary.digest() != config["language"]:
             raise ModelError(
                 f"{folder}: was trained on {sources.get('llm', 'llm/')} of vocabulary {config['language']}, found "
@@ -452,10 +457,9 @@ def _let_learn(ctc: CtcModel, llm: PreTrainedModel, dims: SpeechLlmDims) -> None
         add_lora(ctc.encoder, dims.encoder_lora)
     embeddings: Any = llm.get_input_embeddings()
     head: Any = llm.get_output_embeddings()
+    llm.requires_grad_(dims.learns == "all")
     if dims.learns == "lora":
-        add_lora(llm, dims.lora)
-    else:
-        llm.requires_grad_(dims.learns == "all")
+        add_lora(llm.base_model, dims.lora)  # the output matrix stays one
     # New matrices know nothing yet, whatever else rests.
     learn = dims.embeddings == "learn" or dims.units == "ctc"
     for module in (embeddings, head):

@@ -1,0 +1,361 @@
+"""Speech LLMs: training and search are one plain forward of the language model, folders hold what learned, searches are enumeration."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from duolect.models import ModelError
+from duolect.models import decoder as decoder_module
+from duolect.models.adapters import AdapterDims
+from duolect.models.aed import AedOutput, load_attention_model
+from duolect.models.attention_decoder import IGNORE
+from duolect.models.conformer import ConformerDims, ConformerEncoder
+from duolect.models.ctc import CtcModel, load_acoustic_model
+from duolect.models.lm import HFCausalLM, load_language_model
+from duolect.models.lora import Lora
+from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims
+from duolect.search.fusion import Fused
+from duolect.search.label import label_beam_search
+from duolect.search.prefix import CtcPrefix
+from duolect.vocabulary import CharacterVocabulary, SentencePieceVocabulary, TokenizerVocabulary
+from tests.conftest import WORDS, byte_level, sentence_pieces, tiny_lm
+from tests.models.test_attention_decoder import noise
+from tests.oracles import lm_from_scratch
+
+TEXTS = [WORDS, "ab ab abba ba", "bab bab ab"] * 5
+KINDS = ("llama", "qwen2", "gpt2")
+HOW: dict[str, dict[str, Any]] = {
+    "prefix": {"attention": "prefix"},
+    "both ways": {"attention": "prefix", "bidirectional": True},
+    "merged": {"attention": "merged"},
+    "cross": {"attention": "cross"},
+}
+ADAPTERS = {"concat": AdapterDims("concat", 2), "conv": AdapterDims("conv", 3), "ctc": AdapterDims("ctc", labels=True)}
+PROMPTS = {"before": "ab b", "after": "ba"}
+TARGETS = {"llama": ("q_proj", "v_proj"), "qwen2": ("q_proj", "k_proj", "down_proj"), "gpt2": ("c_attn", "c_proj")}
+AUDIOS = [noise(seconds, i) for i, seconds in enumerate((0.5, 1.3, 0.05))]
+
+
+@functools.cache
+def tokenizer() -> TokenizerVocabulary:
+    return byte_level(TEXTS)
+
+
+@functools.cache
+def pieces(size: int) -> SentencePieceVocabulary:
+    return SentencePieceVocabulary(sentence_pieces(TEXTS, size=size).model, blank="last")
+
+
+def tiny_ctc(*, size: int = 14, seed: int = 0) -> CtcModel:
+    """A random CTC model whose best labels change often."""
+    torch.manual_seed(seed)
+    model = CtcModel(ConformerEncoder(ConformerDims(dim=16, layers=2, heads=2, kernel=4, channels=(2, 2, 4))), pieces(size)).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(8)
+    return model
+
+
+def tiny(
+    kind: str = "llama", *, ctc: str | Path = "", llm: str | Path = "", size: int = 14, max_seconds: float = 30.0, **dims: Any
+) -> SpeechLlm:
+    """A speech LLM as it is at first; ctc, llm: folders that those parts come from, which then are its sources."""
+    if llm:
+        model, vocabulary = load_language_model(llm)
+    else:
+        model, vocabulary = tiny_lm(kind, tokenizer()).model, tokenizer()
+    hearing = CtcModel.load(ctc) if ctc else tiny_ctc(size=size)
+    sources = {name: str(folder) for name, folder in (("ctc", ctc), ("llm", llm)) if folder}
+    fields = {"lora": Lora(4, 4.0, TARGETS[kind]), "encoder_lora": Lora(4, 4.0, ("query", "value")), **dims}
+    return SpeechLlm(hearing, model, vocabulary, SpeechLlmDims(**fields), sources=sources, max_seconds=max_seconds).eval()
+
+
+@torch.no_grad()
+def trained(model: SpeechLlm, *, seed: int = 2) -> SpeechLlm:
+    """The model after something was done to all that learns."""
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def texts_of(model: SpeechLlm) -> list[list[int]]:
+    """Labels for the three utterances, those of the last one none."""
+    return [model.vocabulary.encode(text) for text in ("ab ba", "abba b bab", "")]
+
+
+@torch.no_grad()
+def sound_of(model: SpeechLlm, audio: np.ndarray) -> Tensor:
+    """[T, W] the audio as the language model hears it, alone."""
+    features = model.ctc.encoder.features(torch.from_numpy(audio))
+    heads = model.ctc.heads(features[None], torch.tensor([len(features)]))
+    return model.adapter(heads.encoded, heads.main)[0][0]
+
+
+@torch.no_grad()
+def plain(model: SpeechLlm, sound: Tensor, labels: Sequence[int]) -> Tensor:
+    """[L + 1, V] log-probs behind each history, by one forward of the language model alone: no padding, no cache, no packing.
+
+    merged: audio is put in front of the text, and before every layer its positions are set to what they were. cross: PyTorch's own
+    attention, added before every layer.
+    """
+    before, after = (model.vocabulary.encode(text) for text in (model.dims.before, model.dims.after))
+    first, behind = (model.embeddings(torch.tensor(x, dtype=torch.long)) for x in (before, [*after, model.vocabulary.bos, *labels]))
+    middle = sound[:0] if model.dims.attention == "cross" else sound
+    place = slice(len(before), len(before) + len(middle))
+    joined = torch.cat([first, middle, behind])[None]
+    mask = None
+    if model.dims.bidirectional:
+        seen = torch.ones(joined.shape[1], joined.shape[1]).tril()
+        seen[place, place] = 1
+        mask = torch.where(seen.bool(), 0.0, -torch.inf)[None, None]
+
+    def set_back(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = arguments[0].clone()
+        x[0, place] = sound
+        return x, *arguments[1:]
+
+    def heard_by(cross: Any) -> Callable[..., tuple[Any, ...]]:
+        attention = nn.MultiheadAttention(joined.shape[2], cross.heads, batch_first=True)
+        attention.in_proj_weight.copy_(torch.cat([cross.query.weight, cross.key_value.weight]))
+        attention.in_proj_bias.copy_(torch.cat([cross.query.bias, cross.key_value.bias]))
+        attention.out_proj.load_state_dict(cross.out.state_dict())
+
+        def hook(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = arguments[0]
+            y, _ = attention(cross.norm(x), sound[None], sound[None])
+            return x + torch.tanh(cross.gate) * y, *arguments[1:]
+
+        return hook
+
+    with ExitStack() as hooks:
+        for number, layer in enumerate(model.layers):
+            if model.dims.attention == "merged":
+                hooks.callback(layer.register_forward_pre_hook(set_back).remove)
+            elif model.dims.attention == "cross":
+                hooks.callback(layer.register_forward_pre_hook(heard_by(model.cross[number])).remove)
+        hidden = model.llm.base_model(inputs_embeds=joined, attention_mask=mask, use_cache=False).last_hidden_state
+    head: Any = model.llm.get_output_embeddings()
+    return (hidden[0, -len(labels) - 1 :] @ head.weight[: model.vocabulary.size].T).log_softmax(-1)
+
+
+def chosen(log_probs: Tensor, labels: Sequence[int], eos: int) -> Tensor:
+    """[L + 1] of log_probs [L + 1, V], those of the labels and of the end."""
+    return log_probs[torch.arange(len(labels) + 1), torch.tensor([*labels, eos])]
+
+
+def score_of(model: SpeechLlm, sound: Tensor, labels: Sequence[int]) -> float:
+    return float(chosen(plain(model, sound, labels), labels, model.vocabulary.eos).sum())
+
+
+def scores(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Sequence[int]]) -> Tensor:
+    """[B] log p(labels, end | audio) by the scorer, in one call."""
+    scorer, sizes = model.scorer(audios), torch.tensor([len(x) for x in labels])
+    gained, state = scorer.advance(scorer.start(len(audios)), padded(labels), sizes)
+    return gained + scorer.finish(state)
+
+
+def padded(labels: Sequence[Sequence[int]], *, value: int = 3) -> Tensor:
+    return nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=torch.long) for x in labels], batch_first=True, padding_value=value)
+
+
+def forward(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Sequence[int]]) -> AedOutput:
+    """A training pass; beyond the lengths lies noise."""
+    features = [model.ctc.encoder.features(torch.from_numpy(a)) for a in audios]
+    joined = nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=7.0)
+    return model(joined, torch.tensor([len(x) for x in features]), padded(labels), torch.tensor([len(x) for x in labels]))
+
+
+@pytest.mark.parametrize(("adapter", "units"), [("concat", "own"), ("concat", "ctc"), ("conv", "own"), ("ctc", "ctc")])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_search_step_by_step_are_one_plain_forward(kind: str, how: str, adapter: str, units: str) -> None:
+    model = trained(tiny(kind, adapter=ADAPTERS[adapter], units=units, **HOW[how], **PROMPTS))
+    labels, eos, sounds = texts_of(model), model.vocabulary.eos, [sound_of(model, audio) for audio in AUDIOS]
+    wanted = [chosen(plain(model, x, y), y, eos) for x, y in zip(sounds, labels, strict=True)]
+    with torch.no_grad():
+        out = forward(model, AUDIOS, labels)
+    for b, y in enumerate(labels):
+        assert out.targets[b].tolist() == [*y, eos] + [IGNORE] * (out.targets.shape[1] - len(y) - 1)
+        torch.testing.assert_close(chosen(out.logits[b].log_softmax(-1)[: len(y) + 1], y, eos), wanted[b], atol=2e-4, rtol=1e-4)
+
+    scorer, owner = model.scorer(AUDIOS), [1, 0, 2, 1]
+    assert len(set(scorer.lengths.tolist())) == 3, "the test means utterances of different lengths"
+    state, history = scorer.select(scorer.start(3), torch.tensor(owner)), padded([labels[i] for i in owner])
+    for step in range(history.shape[1]):
+        active = torch.tensor([step < len(labels[i]) for i in owner])
+        for row, i in enumerate(owner):
+            if step == len(labels[i]):
+                assert float(scorer.finish(state)[row]) == pytest.approx(float(wanted[i][-1]), abs=2e-4)
+        gained, state = scorer.advance(state, history[:, step : step + 1], active.long())
+        for row, i in enumerate(owner):
+            assert float(gained[row]) == pytest.approx(float(wanted[i][step]) if active[row] else 0.0, abs=2e-4)
+    torch.testing.assert_close(scorer.log_probs(state)[0], plain(model, sounds[1], labels[1])[-1], atol=3e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("how", HOW)
+def test_histories_may_leave_the_beam_and_utterances_end(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "COMPACT_FROM", 8)
+    model = trained(tiny(kind, **HOW[how]))
+    audios = [noise(seconds, i) for i, seconds in enumerate((0.2, 0.3, 0.05))]
+    scorer, owner = model.scorer(audios), torch.tensor([2, 1, 0, 1, 2, 0, 1])
+    state, total, written = scorer.select(scorer.start(3), owner), torch.zeros(7), [list[int]() for _ in owner]
+    generator, sizes = torch.Generator().manual_seed(0), []
+    for step in range(8):
+        labels = torch.randint(60, 200, (7, 3), generator=generator)
+        lengths = torch.randint(0, 4, (7,), generator=generator)
+        gained, state = scorer.advance(state, labels, lengths)
+        total += gained
+        written = [w + y[:n] for w, y, n in zip(written, labels.tolist(), lengths.tolist(), strict=True)]
+        rows = torch.randint(0, 7, (7,), generator=generator) if step < 4 else torch.tensor([5, 3, 3, 3, 5, 5, 3])
+        state, total, owner, written = scorer.select(state, rows), total[rows], owner[rows], [written[r] for r in rows.tolist()]
+        sizes.append(state.trie.size)
+    assert any(b < a for a, b in itertools.pairwise(sizes)) and state.trie.groups == len(set(owner.tolist())) < 3, "the test tests nothing"
+    total += scorer.finish(state)
+    for row, history in enumerate(written):
+        assert float(total[row]) == pytest.approx(score_of(model, sound_of(model, audios[int(owner[row])]), history), abs=5e-4)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_beam_shares_the_audio(how: str) -> None:
+    model = trained(tiny(**HOW[how], **PROMPTS))
+    counted: list[int] = []
+    model.layers[0].register_forward_pre_hook(lambda layer, arguments: counted.append(arguments[0].shape[1]))
+    scorer = model.scorer(AUDIOS[:2])
+    prompt, sound = sum(len(x) for x in model.prompts) + 1, [0, 0] if how == "cross" else scorer.lengths.tolist()
+    start = scorer.start(2)
+    assert start.trie.fill.tolist() == [prompt + n for n in sound]
+    assert counted == [2 * prompt + (0 if how == "merged" else sum(sound))], "what goes through the layers"
+    wide = scorer.select(start, torch.arange(2).repeat_interleave(40))
+    _, after = scorer.advance(wide, torch.tensor([[5, 6], [5, 7], [8, 6], [5, 6]] * 20), torch.tensor([2, 2, 1, 2] * 20))
+    assert after.trie.fill.tolist() == [prompt + n + 4 for n in sound], "5, 5 6, 5 7 and 8"
+    assert counted[1:] == [8]
+    assert all(layer.keys.shape[0] == 2 and layer.filled == after.trie.size for layer in after.trie.cache.layers)
+    assert [len(k) for k, _ in scorer.heard] == ([2] * len(model.layers) if how == "cross" else [])
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_is_heard_counts_and_only_the_own_audio(how: str) -> None:
+    model = trained(tiny(**HOW[how]))
+    labels = [model.vocabulary.encode("abba ba")] * 2
+    one, two = (scores(model, [AUDIOS[1], other], labels) for other in (AUDIOS[0], AUDIOS[2]))
+    assert abs(float(one[1] - two[1])) > 0.1 and float(one[0]) == pytest.approx(float(two[0]), abs=1e-4)
+    assert abs(float(one[0] - one[1])) > 0.1
+    torch.testing.assert_close(scores(model, [AUDIOS[0], AUDIOS[1]], labels), one.flip(0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cross_attention_starts_as_the_language_model_and_is_one_without_audio(kind: str) -> None:
+    model = tiny(kind, attention="cross", learns="nothing")
+    lm, labels = tiny_lm(kind, tokenizer()), texts_of(model)
+    wanted = [lm_from_scratch(lm, y) for y in labels]
+    assert scores(model, AUDIOS, labels).tolist() == pytest.approx(wanted, abs=2e-4)
+    with torch.no_grad():
+        out = forward(model, AUDIOS, labels)
+    sums = [float(chosen(x.log_softmax(-1)[: len(y) + 1], y, model.vocabulary.eos).sum()) for x, y in zip(out.logits, labels, strict=True)]
+    assert sums == pytest.approx(wanted, abs=2e-4)
+    heard = scores(trained(model), AUDIOS, labels)
+    assert all(abs(float(x) - y) > 0.01 for x, y in zip(heard, wanted, strict=True))
+    silent = HFCausalLM(model.llm, model.vocabulary)
+    for y, score in zip(labels, wanted, strict=True):
+        gained, state = silent.advance(silent.start(1), torch.tensor([y], dtype=torch.long), torch.tensor([len(y)]))
+        assert float(gained + silent.finish(state)) == pytest.approx(score, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_beyond_the_tokenizer_are_no_labels_and_a_model_without_bos_starts_from_its_end(kind: str) -> None:
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer().tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
+    vocabulary = TokenizerVocabulary(fast)
+    assert fast.bos_token_id is None and vocabulary.bos == vocabulary.eos == fast.eos_token_id
+    lm = tiny_lm(kind, vocabulary, spare_rows=7)
+    assert lm.model.get_output_embeddings().weight.shape[0] == vocabulary.size + 7
+    model = trained(SpeechLlm(tiny_ctc(), lm.model, vocabulary, SpeechLlmDims(lora=Lora(4, 4.0, TARGETS[kind]), **PROMPTS)).eval())
+    scorer, labels = model.scorer(AUDIOS), texts_of(model)
+    log_probs = scorer.log_probs(scorer.start(3))
+    assert log_probs.shape == (3, vocabulary.size) and log_probs.exp().sum(1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
+    wanted = [score_of(model, sound_of(model, a), y) for a, y in zip(AUDIOS, labels, strict=True)]
+    assert scores(model, AUDIOS, labels).tolist() == pytest.approx(wanted, abs=3e-4)
+    assert forward(model, AUDIOS, labels).logits.shape[2] == vocabulary.size
+
+
+# Searches
+
+
+def every_one(model: SpeechLlm, longest: int) -> list[tuple[int, ...]]:
+    words = [y for y in range(model.vocabulary.size) if y not in (model.vocabulary.bos, model.vocabulary.eos)]
+    return [y for n in range(longest + 1) for y in itertools.product(words, repeat=n)]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_an_exhaustive_search_is_enumeration_alone_and_with_ctc(how: str) -> None:
+    model, longest = trained(tiny(size=9, units="ctc", **HOW[how])), 2
+    sound = sound_of(model, AUDIOS[0])
+    wanted = {y: score_of(model, sound, y) for y in every_one(model, longest)}
+    output = model.ctc.log_probs_of([AUDIOS[0]])
+    terms = {"llm": Fused(scorer=model.scorer(AUDIOS[:1]), scale=1.0)}
+    (found,) = label_beam_search(terms, 1, beam=len(wanted), max_labels=longest, stop="all")
+    assert {h.labels: h.parts["llm"] for h in found} == pytest.approx(wanted, abs=3e-4)
+    assert found[0].labels == max(wanted, key=wanted.__getitem__)
+    terms["ctc"] = Fused(scorer=CtcPrefix(output.log_probs, output.lengths, vocabulary=model.ctc.vocabulary), scale=0.5)
+    (joint,) = label_beam_search(terms, 1, beam=len(wanted), max_labels=longest, stop="all")
+    heard = {y: ctc_score(output.log_probs[0], y, blank=model.ctc.vocabulary.blank or 0) for y in wanted}
+    assert {h.labels for h in joint} == {y for y, score in heard.items() if score > -1e6}
+    for h in joint:
+        assert h.parts["llm"] == pytest.approx(wanted[h.labels], abs=3e-4)
+        assert h.parts["ctc"] == pytest.approx(heard[h.labels], abs=1e-3)
+    assert joint[0].labels == max(wanted, key=lambda y: wanted[y] + 0.5 * heard[y])
+
+
+def ctc_score(log_probs: Tensor, labels: Sequence[int], *, blank: int) -> float:
+    """log p(labels) of log_probs [T, V], -inf where no alignment fits."""
+    frames, size = torch.tensor([len(log_probs)]), torch.tensor([len(labels)])
+    target = torch.tensor([labels], dtype=torch.long)
+    return -float(F.ctc_loss(log_probs[:, None], target, frames, size, blank=blank, reduction="sum"))
+
+
+def naive_beam(model: SpeechLlm, sound: Tensor, *, beam: int, longest: int) -> list[tuple[tuple[int, ...], float]]:
+    """Label-synchronous beam search with a whole forward for every hypothesis; ended ones keep their place."""
+    v, now = model.vocabulary, [((), 0.0, False)]
+    while not all(ended for _, _, ended in now):
+        grown = []
+        for labels, score, ended in now:
+            if ended:
+                grown.append((labels, score, True))
+                continue
+            for y, log_prob in enumerate(plain(model, sound, labels)[-1].tolist()):
+                if y == v.eos:
+                    grown.append((labels, score + log_prob, True))
+                elif y != v.bos and len(labels) < longest:
+                    grown.append(((*labels, y), score + log_prob, False))
+        now = sorted(grown, key=lambda x: -x[1])[:beam]
+    return [(labels, score) for labels, score, _ in now]
+
+
+@pytest.mark.parametrize(("how", "units"), [("prefix", "own"), ("both ways", "ctc"), ("merged", "own"), ("cross", "ctc")])
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_narrow_search_is_the_naive_one_for_each_utterance(how: str, units: str, beam: int) -> None:
+    model = trained(tiny("qwen2", units=units, **HOW[how], **PROMPTS))
+    with torch.no_grad():
+        model.llm.get_output_embeddings().weight[model.vocabulary.eos].zero_()  # else nothing is said
+    terms = {"llm": Fused(scorer=model.scorer(AUDIOS), scale=1.0)}
+    found = label_beam_search(terms, 3, beam=beam, max_labels=4, stop="all")
+    assert max(len(h.labels) for nbest in found for h in nbest) > 2
+    for nbest, audio in zip(found, AUDIOS, strict=True):
+        wanted = naive_beam(model, sound_of(model, audio), beam=beam, longest=4)
+        assert [h.labels for h in nbest] == [labels for labels, _ in wanted]
+        assert [h.parts["llm"] for h in nbest] == pytest.approx([score for _, score in wanted], abs=3e-4)
