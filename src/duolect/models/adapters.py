@@ -5,7 +5,9 @@ Legend: B utterances, T frames, T' positions of the language model, D encoder wi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from duolect.config import registered
 from duolect.models.ctc import CtcOutput
 from duolect.models.encoders import Encoded, frame_mask, stack_frames
+from duolect.vocabulary import Vocabulary
 
 
 @registered
@@ -26,9 +29,11 @@ class AdapterDims:
     stride over twice as many frames. ctc: the mean of the neighbouring frames whose likeliest CTC label is the same, blank frames left
     out (Gaido et al., arXiv 2102.01578). labels (ctc only): the mean CTC posterior of those frames, blank aside, times a matrix of label
     embeddings is added, which begins as the language model's own embeddings of the labels' text.
+    words: the CTC head's greedy transcript in the language model's labels, each one's embedding and a linear layer of the mean of its
+    frames added; a word's frames are shared evenly among its labels.
     """
 
-    kind: Literal["concat", "conv", "ctc"] = "concat"
+    kind: Literal["concat", "conv", "ctc", "words"] = "concat"
     factor: int = 2
     labels: bool = False
 
@@ -42,25 +47,45 @@ class AdapterDims:
 class Adapter(nn.Module):
     """[B, T, D] frames to [B, T', W]; what an utterance gets does not depend on the padding.
 
-    blank: of the CTC labels. spread: standard deviation of the language model's embeddings, which the output has at first.
+    vocabularies: the CTC head's and the language model's. spread: standard deviation of the language model's embeddings, which the output
+    has at first.
     embeddings: [V, W], see AdapterDims.labels.
     """
 
-    def __init__(self, dims: AdapterDims, *, width: int, out: int, blank: int, spread: float, embeddings: Tensor | None) -> None:
+    def __init__(
+        self,
+        dims: AdapterDims,
+        *,
+        width: int,
+        out: int,
+        vocabularies: tuple[Vocabulary, Vocabulary],
+        spread: float,
+        embeddings: Tensor | None,
+    ) -> None:
         super().__init__()
-        self.dims, self.blank = dims, blank
+        ctc, self.language = vocabularies
+        assert ctc.blank is not None
+        self.dims, self.heard, self.blank = dims, ctc, ctc.blank
         self.norm = nn.LayerNorm(width)
-        reach = {"concat": dims.factor, "conv": 2 * dims.factor, "ctc": 1}[dims.kind]
+        reach = {"concat": dims.factor, "conv": 2 * dims.factor}.get(dims.kind, 1)
         self.linear = nn.Linear(width * reach, out)
         nn.init.normal_(self.linear.weight, std=spread / (width * reach) ** 0.5)
         nn.init.zeros_(self.linear.bias)
         self.labels = None if embeddings is None else nn.Embedding.from_pretrained(embeddings.clone(), freeze=False)
 
-    def forward(self, encoded: Encoded, ctc: CtcOutput) -> tuple[Tensor, Tensor]:
-        """(positions [B, T', W], zero beyond their lengths, lengths [B] >= 1) of an encoder's frames and its CTC output at frame rate."""
+    def forward(self, encoded: Encoded, ctc: CtcOutput, embed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """(positions [B, T', W], zero beyond their lengths, lengths [B] >= 1) of an encoder's frames and its CTC output at frame rate.
+
+        embed: [..., W] the language model's embeddings of labels.
+        """
         encoded = replace(encoded, frames=self.norm(encoded.frames) * frame_mask(encoded.lengths, encoded.frames.shape[1])[..., None])
         if self.dims.kind == "ctc":
             out, lengths = self._compressed(encoded, ctc)
+        elif self.dims.kind == "words":
+            segment, labels, lengths = self._written(encoded, ctc)
+            # Where nothing was heard, the one position is the mean of all frames alone.
+            out = self.linear(means(encoded.frames, segment, labels.shape[1]))
+            out = out + embed(labels.clamp(min=0)).to(out.dtype) * (labels >= 0)[..., None]
         elif self.dims.kind == "conv":
             out, lengths = self._convolved(encoded)
         else:
@@ -84,6 +109,40 @@ class Adapter(nn.Module):
             posterior = means((ctc.log_probs.exp() * spoken).to(out.dtype), segment, int(lengths.max()))
             out = out + posterior / posterior.sum(2, keepdim=True).clamp(min=1e-6) @ self.labels.weight
         return out, lengths
+
+    def _written(self, encoded: Encoded, ctc: CtcOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """([B, T] which position a frame belongs to, [B, T'] the language model's label of each position, -1 for none in both; [B])."""
+        segment = torch.full(ctc.log_probs.shape[:2], -1, dtype=torch.long)
+        best, rows = ctc.log_probs.argmax(2).cpu(), list[list[int]]()
+        for row, length in zip(best, encoded.lengths.tolist(), strict=True):
+            labels: list[int] = []
+            for begin, end, heard in words_of(row[:length].tolist(), self.heard):
+                text = self.heard.decode(heard)
+                own = self.language.encode_word(text, first=not labels) if text else []
+                places = torch.arange(begin, end) - begin
+                segment[len(rows), begin:end] = len(labels) + places * len(own) // (end - begin) if own else -1
+                labels += own
+            if not labels:
+                segment[len(rows), :length] = 0
+            rows.append(labels or [-1])
+        sizes, device = torch.tensor([len(x) for x in rows]), encoded.frames.device
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(x) for x in rows], batch_first=True, padding_value=-1)
+        return segment.to(device), padded.to(device), sizes.to(device)
+
+
+def words_of(best: Sequence[int], vocabulary: Vocabulary) -> list[tuple[int, int, list[int]]]:
+    """(first frame, frame behind the last, labels) of each word of a greedy path, one label per frame."""
+    found: list[tuple[int, int, list[int]]] = []
+    for frame, (before, label) in enumerate(pairwise([vocabulary.blank, *best])):
+        if label == vocabulary.blank:
+            continue
+        begin, _, labels = found[-1] if found else (frame, frame, [])
+        new = label != before
+        if found and (not new or not vocabulary.word_starts[label]):
+            found[-1] = begin, frame + 1, [*labels, label] if new else labels
+        else:
+            found.append((frame, frame + 1, [label]))
+    return found
 
 
 def segments(labels: Tensor, lengths: Tensor, *, blank: int) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,8 @@ from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabul
 class SpeechLlmDims:
     """How the language model hears and what of it learns.
 
-    before, after: prompts around the audio. bidirectional: audio positions see each other in both directions (prefix only). encoder:
+    before, after: prompts around the audio. begin: the text, of one label, that a transcript begins with in place of the model's bos, across
+    which some models look back as little as across the end of a document. bidirectional: audio positions see each other in both directions (prefix only). encoder:
     whether the CTC model learns, with low-rank paths in its encoder, or rests. learns: of the language model: `all`, low-rank paths
     (`lora`) or `nothing` but what was added to it; embeddings: whether its embeddings may learn. units: its own labels, or those of the CTC
     head with new embeddings (see rehead). pretrained: false for random weights. recompute: activations are computed again in the backward
@@ -54,6 +55,7 @@ class SpeechLlmDims:
     adapter: AdapterDims = field(default_factory=AdapterDims)
     before: str = ""
     after: str = ""
+    begin: str = ""
     bidirectional: bool = False
     encoder: Literal["learn", "lora", "rest"] = "learn"
     encoder_lora: Lora = field(default_factory=Lora)
@@ -94,8 +96,8 @@ class SpeechLlm(nn.Module, AttentionModel):
     ) -> None:
         super().__init__()
         assert ctc.vocabulary.blank is not None
-        if dims.adapter.kind == "ctc" and ctc.stack > 1:
-            raise ModelError(f"an adapter of kind ctc hears labels frame by frame, the CTC head stacks {ctc.stack}: set kind=concat")
+        if (kind := dims.adapter.kind) in ("ctc", "words") and ctc.stack > 1:
+            raise ModelError(f"an adapter of kind {kind} hears labels frame by frame, the CTC head stacks {ctc.stack}: set kind=concat")
         self.dims, self.ctc, self.max_seconds = dims, ctc, min(max_seconds, ctc.encoder.max_seconds)
         self.sources = {part: name for part, name in (sources or {}).items() if part != "ctc" or dims.encoder == "rest"}
         self.llm = llm
@@ -113,7 +115,8 @@ class SpeechLlm(nn.Module, AttentionModel):
         HFCausalLM(llm, vocabulary)  # refuses a model that cannot be scored through a trie
         _let_learn(ctc, llm, dims)
         width = matrix.shape[1]
-        self.adapter = Adapter(dims.adapter, width=ctc.encoder.dim, out=width, blank=ctc.vocabulary.blank, spread=spread, embeddings=labels)
+        named = (ctc.vocabulary, vocabulary)
+        self.adapter = Adapter(dims.adapter, width=ctc.encoder.dim, out=width, vocabularies=named, spread=spread, embeddings=labels)
         heads = int(llm.config.get_text_config(decoder=True).num_attention_heads)
         count = len(self.layers) if dims.attention == "cross" else 0
         self.cross = nn.ModuleList(CrossAttention(width, heads, i) for i in range(count))
@@ -123,6 +126,10 @@ class SpeechLlm(nn.Module, AttentionModel):
             next(self.keys_values(matrix.new_zeros(1, 1, width), torch.zeros(1, 1, dtype=torch.long, device=matrix.device)))
         if dims.recompute:
             llm.gradient_checkpointing_enable({"use_reentrant": False})
+        begin = vocabulary.encode(dims.begin) if dims.begin else [vocabulary.bos]
+        if len(begin) != 1:
+            raise ModelError(f"begin={dims.begin!r} is {len(begin)} labels of the language model, expected one, such as a line break")
+        self.begin = begin[0]
         self.prompts = [vocabulary.encode(text) if text.strip() else [] for text in (dims.before, dims.after)]
 
     def train(self, mode: bool = True) -> SpeechLlm:
@@ -155,8 +162,8 @@ class SpeechLlm(nn.Module, AttentionModel):
 
     def of_heads(self, heads: Heads, labels: Tensor, sizes: Tensor) -> AedOutput:
         """The same behind an encoder pass that was made before."""
-        audio, lengths = self.adapter(heads.encoded, heads.main)
-        history, targets = histories(labels, sizes, bos=self.vocabulary.bos, eos=self.vocabulary.eos)
+        audio, lengths = self.adapter(heads.encoded, heads.main, self.embeddings)
+        history, targets = histories(labels, sizes, bos=self.begin, eos=self.vocabulary.eos)
         decoded = self.hidden(audio.to(self.embeddings.weight.dtype), lengths, history)
         return AedOutput(heads, output_layer(self.llm, self.vocabulary)(decoded), {}, targets)
 
@@ -222,7 +229,7 @@ class SpeechLlm(nn.Module, AttentionModel):
     @torch.no_grad()
     def scorer(self, audios: Sequence[np.ndarray]) -> SpeechLlmScorer:
         encoded = encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds)
-        audio, lengths = self.adapter(encoded, self.ctc.of_encoded(encoded).main)
+        audio, lengths = self.adapter(encoded, self.ctc.of_encoded(encoded).main, self.embeddings)
         return SpeechLlmScorer(self, audio.to(self.embeddings.weight.dtype), lengths)
 
     def parts(self) -> dict[str, nn.Module]:
@@ -368,7 +375,7 @@ class SpeechLlmScorer(DecoderScorer):
         before, after = self.model.prompts
         spans = [0] * rows if self.model.dims.attention == "cross" else self.lengths.tolist()
         base = self.vocabulary.size
-        return [[*before, *range(base, base + n), *after, self.vocabulary.bos] for n in spans]
+        return [[*before, *range(base, base + n), *after, self.model.begin] for n in spans]
 
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
         dims, place = self.model.dims, new.labels - self.vocabulary.size

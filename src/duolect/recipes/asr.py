@@ -224,13 +224,13 @@ def whisper_ctc(sources: Sequence[str], checks: Sequence[str], text: str) -> Asr
 
 
 def speech_llm(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
-    """A small speech LLM, for CPUs: the embedded CTC model at rest, its frames averaged by label, SmolLM2-135M with low-rank paths.
+    """A small speech LLM, for CPUs: the embedded CTC model at rest, its words and their frames, SmolLM2-135M with low-rank paths.
 
     Real speech first, then synthesized: the first source is heard whole in every epoch, a fourteenth of each other. The noise makes the
     CTC model, which has seen this speech, err as often as on speech that is new to it (35% of the words instead of 13%).
     """
     noise = Augmentation(noise_chance=0.9, snr_db=(-2.0, 15.0), spec=None)
-    dims = SpeechLlmDims(adapter=AdapterDims("ctc", labels=True), encoder="rest")
+    dims = SpeechLlmDims(adapter=AdapterDims("words"), begin="\n", encoder="rest")
     return AsrExperiment(
         "speech_llm",
         tuple(Corpus(x, 1 if i == 0 else 14, noise) for i, x in enumerate(sources)),

@@ -44,6 +44,7 @@ TABLES: Mapping[str, Rows] = {
         "conv 2x": {"llm.dims.adapter.labels": "false", "llm.dims.adapter.kind": "conv", "llm.dims.adapter.factor": "2"},
         "by CTC label": {"llm.dims.adapter.labels": "false", "llm.dims.adapter.kind": "ctc"},
         "by CTC label, with its posterior": {"llm.dims.adapter.kind": "ctc", "llm.dims.adapter.labels": "true"},
+        "by word of CTC's transcript": {"llm.dims.adapter.labels": "false", "llm.dims.adapter.kind": "words"},
     },
     "prompts": {
         "none": {},
