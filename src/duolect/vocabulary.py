@@ -247,6 +247,17 @@ class TokenizerVocabulary(Vocabulary):
         _write(folder, {"type": "tokenizer", "bos": self.bos, "eos": self.eos, "blank": self.blank})
 
 
+def with_blank(vocabulary: Vocabulary) -> Vocabulary:
+    """The vocabulary as a CTC head has it: a blank behind its labels, whose meaning stays."""
+    if vocabulary.blank is not None:
+        return vocabulary
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        return SentencePieceVocabulary(vocabulary.model, blank="last")
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return TokenizerVocabulary(vocabulary.tokenizer, bos=vocabulary.bos, eos=vocabulary.eos, blank=vocabulary.size)
+    raise VocabularyError(f"a {type(vocabulary).__name__} without blank cannot be given one: make it with a blank")
+
+
 def load_vocabulary(folder: str | Path) -> Vocabulary:
     """The vocabulary that `Vocabulary.save` wrote into a model folder."""
     path = Path(folder) / VOCABULARY_FILE

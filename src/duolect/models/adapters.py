@@ -69,7 +69,9 @@ class Adapter(nn.Module):
         self.norm = nn.LayerNorm(width)
         reach = {"concat": dims.factor, "conv": 2 * dims.factor}.get(dims.kind, 1)
         self.linear = nn.Linear(width * reach, out)
-        nn.init.normal_(self.linear.weight, std=spread / (width * reach) ** 0.5)
+        # Where text is added, it is all there is at first: the language model can read it, and a random layer would blur it.
+        text = dims.kind == "words" or embeddings is not None
+        nn.init.normal_(self.linear.weight, std=0.0 if text else spread / (width * reach) ** 0.5)
         nn.init.zeros_(self.linear.bias)
         self.labels = None if embeddings is None else nn.Embedding.from_pretrained(embeddings.clone(), freeze=False)
 
@@ -92,6 +94,23 @@ class Adapter(nn.Module):
             frames, lengths = stack_frames(encoded.frames, encoded.lengths, self.dims.factor)
             out = self.linear(frames)
         return out * frame_mask(lengths, out.shape[1])[..., None], lengths
+
+    def middles(self, encoded: Encoded, ctc: CtcOutput) -> list[float]:
+        """When each position of a batch's first utterance is heard, in frames from the begin: the middle of its frames.
+
+        A word with more labels than frames leaves positions without: they are heard with the one before.
+        """
+        if self.dims.kind in ("concat", "conv"):
+            return [(i + 0.5) * self.dims.factor for i in range(-(-int(encoded.lengths[0]) // self.dims.factor))]
+        if self.dims.kind == "words":
+            segment, _, lengths = self._written(encoded, ctc)
+        else:
+            segment, lengths = segments(ctc.log_probs.argmax(2), encoded.lengths, blank=self.blank)
+        found: list[float] = []
+        for i in range(int(lengths[0])):
+            own = (segment[0] == i).nonzero()[:, 0].tolist()
+            found.append((own[0] + own[-1] + 1) / 2 if own else found[-1])
+        return found
 
     def _convolved(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """A convolution of kernel 2 * factor and stride factor, zeros on both sides, as one matrix product of unfolded frames."""
@@ -132,6 +151,7 @@ class Adapter(nn.Module):
 
 def words_of(best: Sequence[int], vocabulary: Vocabulary) -> list[tuple[int, int, list[int]]]:
     """(first frame, frame behind the last, labels) of each word of a greedy path, one label per frame."""
+    assert vocabulary.blank is not None
     found: list[tuple[int, int, list[int]]] = []
     for frame, (before, label) in enumerate(pairwise([vocabulary.blank, *best])):
         if label == vocabulary.blank:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from duolect.audio.io import SAMPLE_RATE
 from duolect.models import ModelError
 from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoded, Encoder, encoder_from_settings, require_layers, stack_frames
+from duolect.models.hf_encoder import output_lengths, seconds_per_frame
 from duolect.models.windows import BATCH_SECONDS, Window, Windowing
 from duolect.run import readable
 from duolect.vocabulary import CharacterVocabulary, TokenizerVocabulary, Vocabulary, load_vocabulary
@@ -191,6 +192,14 @@ class CtcModel(nn.Module, AcousticModel):
         encoder = encoder_from_settings(config["encoder"])
         return cls(encoder, vocabulary, stack=config["stack"], window_seconds=config["window_seconds"], aux=aux).eval()
 
+    def with_heads(self, aux: Mapping[int, Vocabulary]) -> CtcModel:
+        """The model with new auxiliary heads, by the layer they hear, beside those it has; it shares the weights."""
+        every = {**self.aux_vocabularies, **aux}
+        model = CtcModel(self.encoder, self.vocabulary, stack=self.stack, window_seconds=self.window_seconds, aux=every)
+        model.head = self.head
+        model.aux.update({n: head for n, head in self.aux.items() if int(n) not in aux})
+        return model.train(self.training)
+
     def ending_at(self, layer: int) -> CtcModel:
         """The model whose encoder ends at that layer and whose only head is the auxiliary one there; it shares the weights. ModelError."""
         if layer not in self.aux_vocabularies:
@@ -241,7 +250,7 @@ class HuggingFaceCtc(AcousticModel):
 
     def __init__(self, model: Any, extractor: Any, vocabulary: Vocabulary, *, window_seconds: float = HUGGING_FACE_SECONDS) -> None:
         self.model, self.extractor, self.vocabulary, self.window_seconds = model.eval(), extractor, vocabulary, window_seconds
-        self.seconds_per_frame = _seconds_per_frame(model.config, extractor)
+        self.seconds_per_frame = seconds_per_frame(model.config, extractor)
 
     @cached_property
     def together(self) -> bool:
@@ -250,7 +259,7 @@ class HuggingFaceCtc(AcousticModel):
         It depends on the architecture (wav2vec2 with group norm normalizes over time, conformers' convolutions look into the padding) and
         decides whether utterances may be batched.
         """
-        if _output_lengths(self.model) is None:
+        if output_lengths(self.model) is None:
             return False
         random = np.random.default_rng(0)
         audios = [random.standard_normal(n).astype(np.float32) * 0.1 for n in (16_000, 6_160)]
@@ -298,16 +307,11 @@ class HuggingFaceCtc(AcousticModel):
         inputs = self.extractor(list(audios), sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt", **options)
         inputs = inputs.to(self.model.device)
         logits = self.model(**inputs).logits[..., : self.vocabulary.size]
-        mask, output_lengths = inputs.get("attention_mask"), _output_lengths(self.model)
+        mask, sizes = inputs.get("attention_mask"), output_lengths(self.model)
         lengths = [logits.shape[1]] * len(audios)
-        if mask is not None and output_lengths is not None:
-            lengths = output_lengths(mask.sum(-1)).tolist()
+        if mask is not None and sizes is not None:
+            lengths = sizes(mask.sum(-1)).tolist()
         return [x[:n].float().log_softmax(-1) for x, n in zip(logits, lengths, strict=True)]
-
-
-def _output_lengths(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """Input lengths to frames, where the architecture says; both names are transformers' own."""
-    return getattr(model, "_get_feat_extract_output_lengths", None) or getattr(model, "_get_subsampling_output_length", None)
 
 
 def load_acoustic_model(name: str | Path) -> AcousticModel:
@@ -370,11 +374,3 @@ def _vocabulary_of(config: Any, tokenizer: Any) -> Vocabulary:
         eos=tokenizer.eos_token or "</s>",
         unknown=tokenizer.unk_token or "<unk>",
     )
-
-
-def _seconds_per_frame(config: Any, extractor: Any) -> float:
-    strides = getattr(config, "conv_stride", None)
-    if strides is not None and extractor.model_input_names[0] == "input_values":
-        return float(np.prod(strides)) / SAMPLE_RATE
-    encoder = getattr(config, "encoder_config", config)
-    return getattr(extractor, "hop_length", 160) * getattr(encoder, "subsampling_factor", 4) / SAMPLE_RATE

@@ -146,7 +146,10 @@ def encoder_from_settings(settings: Mapping[str, object]) -> Encoder:
     """The encoder, weights not set, that `settings()` described."""
     from duolect.models.conformer import ConformerDims, ConformerEncoder  # these stand on this file
     from duolect.models.extended import ExtendedEncoder
+    from duolect.models.hf_encoder import HuggingFaceEncoder
 
+    if settings.get("type") == "huggingface":
+        return HuggingFaceEncoder.of_settings(dict(settings))
     fields = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items() if name != "type"}
     kind = settings.get("type")
     if kind == "whisper":
@@ -155,7 +158,7 @@ def encoder_from_settings(settings: Mapping[str, object]) -> Encoder:
         return ConformerEncoder(ConformerDims(**fields))  # pyright: ignore[reportArgumentType]
     if kind == "extended":
         return ExtendedEncoder.of_settings(fields)
-    raise ValueError(f"encoder type {kind!r} is unknown; known: whisper, conformer, extended")
+    raise ValueError(f"encoder type {kind!r} is unknown; known: whisper, conformer, extended, huggingface")
 
 
 def require_layers(taps: Sequence[int], depth: int, *, first: int = 1) -> None:

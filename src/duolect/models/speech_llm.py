@@ -43,12 +43,12 @@ from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabul
 class SpeechLlmDims:
     """How the language model hears and what of it learns.
 
-    before, after: prompts around the audio. begin: the text, of one label, that a transcript begins with in place of the model's bos, across
-    which some models look back as little as across the end of a document. bidirectional: audio positions see each other in both directions (prefix only). encoder:
-    whether the CTC model learns, with low-rank paths in its encoder, or rests. learns: of the language model: `all`, low-rank paths
-    (`lora`) or `nothing` but what was added to it; embeddings: whether its embeddings may learn. units: its own labels, or those of the CTC
-    head with new embeddings (see rehead). pretrained: false for random weights. recompute: activations are computed again in the backward
-    pass, for memory.
+    before, after: prompts around the audio. begin: the text, of one label, that a transcript begins with in place of the model's bos, which
+    some models look across as little as across the end of a document. bidirectional: audio positions see each other in both directions
+    (prefix only). encoder: whether the CTC model learns, with low-rank paths in its encoder, or rests. learns: of the language model:
+    `all`, low-rank paths (`lora`) or `nothing` but what was added to it; embeddings: whether its embeddings may learn. units: its own
+    labels, or those of the CTC head with new embeddings (see rehead). pretrained: false for random weights. recompute: activations are
+    computed again in the backward pass, for memory.
     """
 
     attention: Literal["prefix", "merged", "cross"] = "prefix"
@@ -368,7 +368,7 @@ class SpeechLlmScorer(DecoderScorer):
         if rows != len(self.audio):
             raise ModelError(f"{rows} rows asked for, but the audio of {len(self.audio)} utterances was encoded")
         weight = self.output.weight
-        cache = node_cache(len(self.model.layers))
+        cache = node_cache(int(self.model.llm.config.get_text_config(decoder=True).num_hidden_layers))
         return Trie.empty(rows, width=weight.shape[1], cache=cache, device=weight.device, dtype=weight.dtype)
 
     def _prompts(self, rows: int) -> list[list[int]]:

@@ -25,10 +25,11 @@ from duolect.models.adapters import AdapterDims
 from duolect.models.aed import AedModel
 from duolect.models.attention_decoder import DecoderDims
 from duolect.models.conformer import PRESETS, ConformerDims, ConformerEncoder
-from duolect.models.ctc import CtcModel
+from duolect.models.ctc import CtcModel, read_config
 from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoder, WhisperEncoder
 from duolect.models.extended import ExtendedEncoder, TopDims
+from duolect.models.hf_encoder import HuggingFaceEncoder
 from duolect.models.lm import load_language_model
 from duolect.models.lora import Lora
 from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims, Trainable
@@ -39,7 +40,7 @@ from duolect.train.checkpoint import STATE, TrainError
 from duolect.train.loop import TrainConfig, train
 from duolect.train.optim import Piecewise, WarmUp
 from duolect.train.parallel import World
-from duolect.vocabulary import SentencePieceVocabulary, load_vocabulary
+from duolect.vocabulary import SentencePieceVocabulary, load_vocabulary, with_blank
 
 DEMO = Path(duolect.__file__).parent / "embedded" / "demo" / "manifest.jsonl"
 
@@ -70,7 +71,7 @@ class FromWhisper:
 @registered
 @dataclass(frozen=True)
 class FromModel:
-    """Encoder, CTC heads and units of a model of ours, by name or folder."""
+    """Encoder, CTC heads and units of a model of ours, by name or folder; or the encoder alone of one of transformers (folder, hub id)."""
 
     model: str = "duolect-ctc"
 
@@ -78,10 +79,12 @@ class FromModel:
 @registered
 @dataclass(frozen=True)
 class LlmPart:
-    """The language model of a speech LLM: an embedded name, folder, .gguf file or hub id, and how it hears and learns."""
+    """The language model of a speech LLM: an embedded name, folder, .gguf file or hub id, and how it hears and learns. heads: encoder
+    layers that get a CTC head in its own vocabulary."""
 
     model: str = "smollm2-135m"
     dims: SpeechLlmDims = field(default_factory=SpeechLlmDims)
+    heads: tuple[int, ...] = ()
 
 
 @registered
@@ -230,7 +233,8 @@ def speech_llm(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrE
     CTC model, which has seen this speech, err as often as on speech that is new to it (35% of the words instead of 13%).
     """
     noise = Augmentation(noise_chance=0.9, snr_db=(-2.0, 15.0), spec=None)
-    dims = SpeechLlmDims(adapter=AdapterDims("words"), begin="\n", encoder="rest")
+    prompts = {"before": "Misheard transcript: ", "after": "\nCorrected transcript:", "begin": "\n"}  # the best of five before training
+    dims = SpeechLlmDims(adapter=AdapterDims("words"), encoder="rest", **prompts)
     return AsrExperiment(
         "speech_llm",
         tuple(Corpus(x, 1 if i == 0 else 14, noise) for i, x in enumerate(sources)),
@@ -316,7 +320,7 @@ def run(
         ctc = CtcModel(made, vocabulary, aux=dict.fromkeys(experiment.heads, vocabulary))
     model = ctc if experiment.decoder is None else AedModel(ctc, experiment.decoder)
     if experiment.llm is not None:
-        model = _speech_llm(experiment, experiment.llm, ctc)
+        model = _speech_llm(experiment, experiment.llm, ctc, named=isinstance(made, CtcModel))
     if experiment.start:
         report = warm_start(model, experiment.start)
         _say(world, str(report))
@@ -425,16 +429,17 @@ def _texts(experiment: AsrExperiment, out: Path) -> Path:
     return path
 
 
-def _speech_llm(experiment: AsrExperiment, part: LlmPart, ctc: CtcModel) -> SpeechLlm:
-    """The speech LLM of an experiment; its folder leaves out what rests and can be had by name."""
+def _speech_llm(experiment: AsrExperiment, part: LlmPart, ctc: CtcModel, *, named: bool) -> SpeechLlm:
+    """The speech LLM of an experiment; its folder leaves out what rests and can be had by name (named: so can the CTC model)."""
     if experiment.decoder is not None:
         raise TrainError("an experiment has a decoder or an llm, not both: --set decoder=null")
-    place = resolve(part.model)
-    llm, vocabulary = load_language_model(place)
+    llm, vocabulary = load_language_model(resolve(part.model))
     if not part.dims.pretrained:
         llm = type(llm)(llm.config)
+    if part.heads:
+        ctc = ctc.with_heads(dict.fromkeys(part.heads, with_blank(vocabulary)))
     sources = {"llm": part.model} if part.dims.pretrained and part.dims.learns != "all" else {}
-    if isinstance(experiment.encoder, FromModel) and part.dims.encoder == "rest" and not experiment.start:
+    if named and isinstance(experiment.encoder, FromModel) and not (experiment.start or part.heads):
         sources["ctc"] = experiment.encoder.model
     return SpeechLlm(ctc, llm, vocabulary, part.dims, sources=sources)
 
@@ -443,7 +448,11 @@ def _encoder(config: ConformerDims | FromWhisper | FromModel) -> Encoder | CtcMo
     if isinstance(config, ConformerDims):
         return ConformerEncoder(config)
     if isinstance(config, FromModel):
-        return CtcModel.load(resolve(config.model))
+        place = resolve(config.model)
+        kind = read_config(Path(place)) if (Path(place) / "config.json").is_file() else {}
+        if kind.get("type") is not None:
+            return CtcModel.load(place)
+        return WhisperEncoder.from_whisper(place) if kind.get("model_type") == "whisper" else HuggingFaceEncoder.load(place)
     encoder = WhisperEncoder.from_whisper(resolve(config.whisper), merge_after=config.merge_after)
     frozen: list[nn.Module] = [encoder.conv1, encoder.conv2, *encoder.layers[: config.frozen]]
     if config.frozen >= encoder.depth:

@@ -42,10 +42,11 @@ __all__ = ["Place", "Task", "TrainConfig", "TrainError", "train"]
 class TrainConfig:
     """How to train. The run ends at the first of epochs, updates (steps) and seconds of work that is given.
 
-    learning_rates: peak per parameter group. accumulate: micro-batches per process and update. average: decay per update of a moving
-    average of the weights, which then is what is validated and saved; 0: none. keep_best: so many of the best validated weights are kept,
-    and their mean is tried at the end. watch: the figure that decides what is best (the first one where it is empty). A budget in seconds
-    makes the learning rate follow the clock: only runs without one repeat themselves to the bit.
+    learning_rates: peak per parameter group. learns: (from, until) in epochs, per parameter group that rests outside of them. accumulate:
+    micro-batches per process and update. average: decay per update of a moving average of the weights, which then is what is validated and
+    saved; 0: none. keep_best: so many of the best validated weights are kept, and their mean is tried at the end. watch: the figure that
+    decides what is best (the first one where it is empty). A budget in seconds makes the learning rate follow the clock: only runs without
+    one repeat themselves to the bit.
     """
 
     learning_rates: Mapping[str, float]
@@ -66,11 +67,18 @@ class TrainConfig:
     save_every: int = 200
     keep_best: int = 0
     watch: str = ""
+    learns: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def resting(self, epoch: float) -> set[str]:
+        """The parameter groups that do not learn at a time in (continuous) epochs."""
+        return {name for name, (begin, end) in self.learns.items() if not begin <= epoch < end}
 
     def __post_init__(self) -> None:
         for name in ("log_every", "validate_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected >= 1")
+        if odd := sorted(self.learns.keys() - self.learning_rates.keys()):
+            raise ValueError(f"learns names {', '.join(odd)}, which have no learning rate: they are {', '.join(self.learning_rates)}")
 
 
 @dataclass
@@ -137,7 +145,7 @@ def train(
         if run.progress(place, per_epoch) >= 1.0:
             break
         share = config.schedule.share(place.step, run.progress(place, per_epoch))
-        rates = set_rates(optimizer, share)
+        rates = set_rates(optimizer, share, resting=config.resting(place.epoch + place.update / max(1, per_epoch)))
         # Dropout is a function of the update and the process too: a resumed run repeats nothing and skips nothing.
         torch.manual_seed(random.Random(f"{config.seed}/{place.step}/{world.rank}").getrandbits(48))
         _update(run, place, micros)

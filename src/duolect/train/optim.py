@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -79,10 +79,10 @@ def adamw(groups: Mapping[str, nn.Module], rates: Mapping[str, float], *, weight
     return torch.optim.AdamW(parts, betas=(0.9, 0.98), eps=eps)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, share: float) -> dict[str, float]:
-    """Sets each group to its share of its peak; the rates by group name."""
+def set_rates(optimizer: torch.optim.Optimizer, share: float, *, resting: Collection[str] = ()) -> dict[str, float]:
+    """Sets each group to its share of its peak, those of the names in `resting` to 0; the rates by group name."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
+        group["lr"] = 0.0 if group["name"] in resting else group["peak"] * share
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
