@@ -22,7 +22,8 @@ from duolect.models import ModelError
 from duolect.models.conformer import ConformerDims, ConformerEncoder
 from duolect.models.ctc import CtcModel, HuggingFaceCtc, load_acoustic_model
 from duolect.models.encoders import WhisperDims, WhisperEncoder
-from duolect.vocabulary import CharacterVocabulary
+from duolect.vocabulary import CharacterVocabulary, with_blank
+from tests.conftest import WORDS, byte_level, sentence_pieces
 
 CHARACTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE"]
 
@@ -267,3 +268,23 @@ def test_parakeet_does_not_hear_the_batch() -> None:
         assert int(alone.lengths[0]) == int(batch.lengths[i])
         torch.testing.assert_close(batch.log_probs[i, : batch.lengths[i]], alone.log_probs[0], atol=1e-3, rtol=1e-3)
     assert am.seconds_per_frame == pytest.approx(0.08)
+
+
+def test_a_model_is_given_heads_in_another_vocabulary(tmp_path: Path) -> None:
+    pieces = sentence_pieces([WORDS] * 5)
+    own, other = with_blank(pieces), with_blank(byte_level([WORDS] * 5))
+    assert own.digest() == pieces.digest() and own.blank == pieces.size and other.blank == other.size - 1
+    torch.manual_seed(0)
+    encoder = ConformerEncoder(ConformerDims.of(layers=2, dim=32, kernel=5, channels=(4, 4, 4), subsampling=4))
+    model = CtcModel(encoder, own, aux={1: own}).eval()
+    both = model.with_heads({2: other})
+    audios = [noise(0.7, 1)]
+    assert torch.equal(both.log_probs_of(audios).log_probs, model.log_probs_of(audios).log_probs)
+    assert torch.equal(both.aux["1"].weight, model.aux["1"].weight) and both.aux["2"].out_features == other.size
+    both.save(tmp_path / "m", card="", dtype=torch.float32)
+    head = load_acoustic_model(f"{tmp_path / 'm'}#2")
+    assert head.vocabulary.digest() == other.digest() and head.log_probs_of(audios).log_probs.shape[2] == other.size
+    with pytest.raises(ModelError, match="no auxiliary head at layer 7"):
+        load_acoustic_model(f"{tmp_path / 'm'}#7")
+    with pytest.raises(ModelError, match="expected the number of a layer behind #"):
+        load_acoustic_model(f"{tmp_path / 'm'}#top")

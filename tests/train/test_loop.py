@@ -268,6 +268,24 @@ def test_norms_biases_and_embeddings_do_not_decay_and_frozen_stay_out() -> None:
         adamw({"tail": model}, {"head": 1.0}, weight_decay=0.0)
 
 
+def test_a_group_learns_in_its_epochs_only(tmp_path: Path) -> None:
+    def body(until: float) -> Tensor:
+        task = Line()
+        config = replace(CONFIG, steps=None, epochs=until, learns={"body": (1.0, 2.0)})  # four updates an epoch
+        train(task, config, tmp_path / str(until))
+        return task.model[0].weight.detach().clone()
+
+    start = Line().model[0].weight
+    one, two, three = body(1.0), body(2.0), body(3.0)
+    assert torch.equal(one, start) and not torch.equal(two, start)
+    assert torch.equal(body(1.75), body(1.75)) and not torch.equal(three, start)
+    task = Line()
+    train(task, replace(CONFIG, steps=None, epochs=3.0, learns={"body": (5.0, 6.0)}), tmp_path / "never")
+    assert torch.equal(task.model[0].weight, start)
+    with pytest.raises(ValueError, match="learns names tail, which have no learning rate: they are body, head"):
+        replace(CONFIG, learns={"tail": (0.0, 1.0)})
+
+
 def test_rates_warm_up_and_decay() -> None:
     cosine, linear, constant = (WarmUp(10, then, 0.1) for then in ("cosine", "linear", "constant"))  # type: ignore[arg-type]
     assert cosine.share(0, 0.0) == pytest.approx(0.1) and cosine.share(9, 0.0) == cosine.share(10, 0.0) == 1.0

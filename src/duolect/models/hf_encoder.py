@@ -120,7 +120,7 @@ class HuggingFaceEncoder(Encoder):
 def _encoder_of(model: Any) -> Any:
     """What of a model gives frames; a CTC model's encoder without its head."""
     inner = model.base_model
-    return getattr(inner, "encoder", inner) if hasattr(inner, "get_encoder") else inner
+    return model.encoder if inner is model and hasattr(model, "ctc_head") else inner
 
 
 def _extractor(settings: dict[str, Any]) -> Any:
