@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from duolect.models.ctc import CtcOutput
 from duolect.models.encoders import Encoded
 from duolect.models.lora import Lora, LoraLinear, add_lora, merge_lora, merged_state
 from duolect.models.rehead import label_embeddings, rehead
-from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
+from duolect.vocabulary import CharacterVocabulary, SentencePieceVocabulary, Vocabulary
 from tests.conftest import WORDS, byte_level, sentence_pieces, tiny_lm
 
 TEXTS = [WORDS, "ab ab abba ba", "bab bab ab"] * 5
@@ -27,18 +28,24 @@ DIMS = [
     AdapterDims("ctc"),
     AdapterDims("ctc", labels=True),
 ]
-WIDTH, OUT, LABELS, BLANK = 6, 10, 5, 3
+WIDTH, OUT, BLANK = 6, 10, 3
+LETTERS = CharacterVocabulary(["a", "b", "|", "<pad>", "c"])
 
 
-def adapter_of(dims: AdapterDims, *, width: int = WIDTH, out: int = OUT, spread: float = 0.5) -> Adapter:
+def adapter_of(dims: AdapterDims, ctc: Vocabulary = LETTERS, language: Vocabulary = LETTERS) -> Adapter:
     """A random adapter; not as it is at first, where its norm and its bias would say nothing."""
     torch.manual_seed(0)
-    embeddings = torch.randn(LABELS, out) if dims.labels else None
-    adapter = Adapter(dims, width=width, out=out, blank=BLANK, spread=spread, embeddings=embeddings)
+    embeddings = torch.randn(ctc.size, OUT) if dims.labels else None
+    adapter = Adapter(dims, width=WIDTH, out=OUT, vocabularies=(ctc, language), spread=0.5, embeddings=embeddings)
     with torch.no_grad():
         for p in adapter.parameters():
             p.add_(torch.randn_like(p))
     return adapter
+
+
+def unused(labels: Tensor) -> Tensor:
+    """Stands for the language model's embeddings, which most adapters do not ask."""
+    raise AssertionError("embeddings were asked for")
 
 
 def heard() -> tuple[Encoded, CtcOutput]:
@@ -53,7 +60,7 @@ def heard() -> tuple[Encoded, CtcOutput]:
             [3, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         ]
     )
-    log_probs = (torch.randn(*best.shape, LABELS) + 9 * F.one_hot(best, LABELS)).log_softmax(-1)
+    log_probs = (torch.randn(*best.shape, LETTERS.size) + 9 * F.one_hot(best, LETTERS.size)).log_softmax(-1)
     lengths = torch.tensor([12, 7, 5, 1, 2])
     return Encoded(torch.randn(*best.shape, WIDTH) * 3 + 1, lengths), CtcOutput(log_probs, lengths)
 
@@ -89,7 +96,7 @@ def naive(adapter: Adapter, frames: Tensor, log_probs: Tensor) -> Tensor:
 @torch.no_grad()
 def test_an_adapter_is_its_loop_over_frames_whatever_the_padding(dims: AdapterDims) -> None:
     adapter, (encoded, ctc) = adapter_of(dims), heard()
-    got, lengths = adapter(encoded, ctc)
+    got, lengths = adapter(encoded, ctc, unused)
     assert got.shape == (5, int(lengths.max()), OUT)
     for b, (n, t) in enumerate(zip(lengths.tolist(), encoded.lengths.tolist(), strict=True)):
         wanted = naive(adapter, encoded.frames[b, :t], ctc.log_probs[b, :t])
@@ -98,6 +105,60 @@ def test_an_adapter_is_its_loop_over_frames_whatever_the_padding(dims: AdapterDi
         assert not got[b, n:].any(), "zero beyond the length"
     if dims.kind == "ctc":
         assert lengths.tolist() == [5, 1, 1, 1, 1]
+
+
+def written(path: Sequence[int], ctc: SentencePieceVocabulary, language: Vocabulary) -> list[tuple[list[int], range]]:
+    """(labels of the language model, frames) of each word of a greedy path, piece by piece."""
+    words: list[tuple[str, range]] = []
+    for place, (before, label) in enumerate(itertools.pairwise([ctc.blank, *path])):
+        if label in (before, ctc.blank):
+            if label == before and words and label != ctc.blank:
+                words[-1] = words[-1][0], range(words[-1][1].start, place + 1)
+            continue
+        piece = ctc.piece(label)
+        if words and not piece.startswith("▁"):
+            words[-1] = words[-1][0] + piece, range(words[-1][1].start, place + 1)
+        else:
+            words.append((piece.removeprefix("▁"), range(place, place + 1)))
+    words = [(text, frames) for text, frames in words if text]
+    own = [language.encode_word(text, first=i == 0) for i, (text, _) in enumerate(words)]
+    assert [x for labels in own for x in labels] == language.encode(" ".join(text for text, _ in words))
+    return [(labels, frames) for labels, (_, frames) in zip(own, words, strict=True)]
+
+
+@pytest.mark.parametrize("language", [byte_level(TEXTS), CharacterVocabulary(["<pad>", "|", "a", "b"])], ids=["bytes", "letters"])
+@torch.no_grad()
+def test_words_are_their_labels_embeddings_with_their_frames_shared_evenly(language: Vocabulary) -> None:
+    ctc = SentencePieceVocabulary(sentence_pieces(TEXTS, size=20).model, blank="last")
+    index, blank = {ctc.piece(i): i for i in range(ctc.size)}, ctc.size - 1
+    ab, ba, inner, b, space = (index[piece] for piece in ("▁ab", "▁ba", "ba", "b", "▁"))
+    paths = [
+        [blank, ab, ab, blank, inner, inner, b, blank, ba, blank, blank, b],  # abbab, bab
+        [inner, blank, blank, b, b, blank, b, space, space, ab, inner, inner],  # babb abba: not begun, a space alone
+        [blank] * 12,
+        [ab, index["▁a"], ab, blank, ab, ba, *[b] * 6],  # more labels than frames
+        [space, *[blank] * 11],
+    ]
+    lengths = torch.tensor([12, 12, 9, 6, 3])
+    log_probs = F.one_hot(torch.tensor(paths), ctc.size).float().mul(9).log_softmax(-1)
+    encoded, adapter = Encoded(torch.randn(5, 12, WIDTH), lengths), adapter_of(AdapterDims("words"), ctc, language)
+    embed = nn.Embedding(language.size, OUT)
+    got, sizes = adapter(encoded, CtcOutput(log_probs, lengths), embed)
+    found = []
+    for row, (path, n) in enumerate(zip(paths, lengths.tolist(), strict=True)):
+        frames, wanted = adapter.norm(encoded.frames[row, :n]), list[Tensor]()
+        words = written(path[:n], ctc, language)
+        for labels, places in words:
+            for i, label in enumerate(labels):
+                own = [t for k, t in enumerate(places) if k * len(labels) // len(places) == i]
+                mean = frames[own].mean(0) if own else torch.zeros(WIDTH)
+                wanted.append(adapter.linear(mean) + embed.weight[label])
+        wanted = wanted or [adapter.linear(frames.mean(0))]
+        assert int(sizes[row]) == len(wanted)
+        torch.testing.assert_close(got[row, : len(wanted)], torch.stack(wanted), atol=1e-5, rtol=1e-5)
+        assert not got[row, len(wanted) :].any()
+        found.append(language.decode([x for labels, _ in words for x in labels]))
+    assert found == ["abbab bab", "babb abba", "", "ab a ab ab ba", ""]
 
 
 def test_runs_of_a_label_end_at_blanks_and_other_labels() -> None:
@@ -113,9 +174,9 @@ def test_runs_of_a_label_end_at_blanks_and_other_labels() -> None:
 @torch.no_grad()
 def test_what_comes_out_is_at_first_as_large_as_the_embeddings_whatever_goes_in(dims: AdapterDims) -> None:
     torch.manual_seed(0)
-    adapter = Adapter(dims, width=32, out=200, blank=0, spread=0.02, embeddings=None)
+    adapter = Adapter(dims, width=32, out=200, vocabularies=(LETTERS, LETTERS), spread=0.02, embeddings=None)
     frames, lengths = 50 * torch.randn(4, 300, 32), torch.full((4,), 300)
-    out, _ = adapter(Encoded(frames, lengths), CtcOutput(F.one_hot(torch.arange(300) % 2 + 1).float().expand(4, -1, -1), lengths))
+    out, _ = adapter(Encoded(frames, lengths), CtcOutput(F.one_hot(torch.arange(300) % 2, 5).float().expand(4, -1, -1), lengths), unused)
     assert float(out.std()) == pytest.approx(0.02, rel=0.1)
 
 

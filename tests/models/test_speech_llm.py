@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from duolect.models import ModelError
 from duolect.models import decoder as decoder_module
@@ -28,6 +28,7 @@ from duolect.models.ctc import CtcModel, load_acoustic_model
 from duolect.models.lm import HFCausalLM, load_language_model
 from duolect.models.lora import Lora
 from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims
+from duolect.models.warm_start import warm_start
 from duolect.search.fusion import Fused
 from duolect.search.label import label_beam_search
 from duolect.search.prefix import CtcPrefix
@@ -44,7 +45,12 @@ HOW: dict[str, dict[str, Any]] = {
     "merged": {"attention": "merged"},
     "cross": {"attention": "cross"},
 }
-ADAPTERS = {"concat": AdapterDims("concat", 2), "conv": AdapterDims("conv", 3), "ctc": AdapterDims("ctc", labels=True)}
+ADAPTERS = {
+    "concat": AdapterDims("concat", 2),
+    "conv": AdapterDims("conv", 3),
+    "ctc": AdapterDims("ctc", labels=True),
+    "words": AdapterDims("words"),
+}
 PROMPTS = {"before": "ab b", "after": "ba"}
 TARGETS = {"llama": ("q_proj", "v_proj"), "qwen2": ("q_proj", "k_proj", "down_proj"), "gpt2": ("c_attn", "c_proj")}
 AUDIOS = [noise(seconds, i) for i, seconds in enumerate((0.5, 1.3, 0.05))]
@@ -103,7 +109,7 @@ def sound_of(model: SpeechLlm, audio: np.ndarray) -> Tensor:
     """[T, W] the audio as the language model hears it, alone."""
     features = model.ctc.encoder.features(torch.from_numpy(audio))
     heads = model.ctc.heads(features[None], torch.tensor([len(features)]))
-    return model.adapter(heads.encoded, heads.main)[0][0]
+    return model.adapter(heads.encoded, heads.main, model.embeddings)[0][0]
 
 
 @torch.no_grad()
@@ -114,7 +120,8 @@ def plain(model: SpeechLlm, sound: Tensor, labels: Sequence[int]) -> Tensor:
     attention, added before every layer.
     """
     before, after = (model.vocabulary.encode(text) for text in (model.dims.before, model.dims.after))
-    first, behind = (model.embeddings(torch.tensor(x, dtype=torch.long)) for x in (before, [*after, model.vocabulary.bos, *labels]))
+    begin = model.vocabulary.encode(model.dims.begin) if model.dims.begin else [model.vocabulary.bos]
+    first, behind = (model.embeddings(torch.tensor(x, dtype=torch.long)) for x in (before, [*after, *begin, *labels]))
     middle = sound[:0] if model.dims.attention == "cross" else sound
     place = slice(len(before), len(before) + len(middle))
     joined = torch.cat([first, middle, behind])[None]
@@ -180,11 +187,12 @@ def forward(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Seq
     return model(joined, torch.tensor([len(x) for x in features]), padded(labels), torch.tensor([len(x) for x in labels]))
 
 
-@pytest.mark.parametrize(("adapter", "units"), [("concat", "own"), ("concat", "ctc"), ("conv", "own"), ("ctc", "ctc")])
+@pytest.mark.parametrize(("adapter", "units"), [("concat", "ctc"), ("conv", "own"), ("ctc", "own"), ("words", "own"), ("words", "ctc")])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_search_step_by_step_are_one_plain_forward(kind: str, how: str, adapter: str, units: str) -> None:
-    model = trained(tiny(kind, adapter=ADAPTERS[adapter], units=units, **HOW[how], **PROMPTS))
+    begin = {"begin": "\n"} if adapter == "words" and units == "own" else {}
+    model = trained(tiny(kind, adapter=ADAPTERS[adapter], units=units, **HOW[how], **PROMPTS, **begin))
     labels, eos, sounds = texts_of(model), model.vocabulary.eos, [sound_of(model, audio) for audio in AUDIOS]
     wanted = [chosen(plain(model, x, y), y, eos) for x, y in zip(sounds, labels, strict=True)]
     with torch.no_grad():
@@ -359,3 +367,230 @@ def test_a_narrow_search_is_the_naive_one_for_each_utterance(how: str, units: st
         wanted = naive_beam(model, sound_of(model, audio), beam=beam, longest=4)
         assert [h.labels for h in nbest] == [labels for labels, _ in wanted]
         assert [h.parts["llm"] for h in nbest] == pytest.approx([score for _, score in wanted], abs=3e-4)
+
+
+# Folders
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a tiny language model of each kind, as transformers writes them, and of a CTC model."""
+    root = tmp_path_factory.mktemp("sources")
+    for kind in KINDS:
+        write_llm(kind, root / kind, tokenizer())
+    tiny_ctc().save(root / "ctc", card="", dtype=torch.float32)
+    return {name: root / name for name in (*KINDS, "ctc")}
+
+
+def write_llm(kind: str, folder: Path, vocabulary: TokenizerVocabulary) -> None:
+    model = tiny_lm(kind, tokenizer()).model
+    model.config.bos_token_id, model.config.eos_token_id = vocabulary.bos, vocabulary.eos
+    model.save_pretrained(folder)
+    vocabulary.tokenizer.save_pretrained(folder)
+
+
+CASES = [*itertools.product(("all", "lora", "nothing"), ("learn", "lora", "rest"), ("own", "ctc"))]
+FOLDERS = [(KINDS[i % 3], list(HOW)[i % 4], *case, ("rest", "learn")[i % 5 == 0], i % 5 != 2) for i, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("kind", "how", "learns", "encoder", "units", "embeddings", "named"), FOLDERS)
+def test_a_folder_gives_the_same_scores_and_is_whole_when_saved_again(
+    kind: str, how: str, learns: str, encoder: str, units: str, embeddings: str, named: bool, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    places = {"llm": sources[kind], "ctc": sources["ctc"]} if named else {}
+    fields = {"learns": learns, "encoder": encoder, "units": units, "embeddings": embeddings}
+    model = trained(tiny(kind, **places, **fields, adapter=ADAPTERS["ctc"], max_seconds=7.0, **HOW[how], **PROMPTS))
+    labels, heard = texts_of(model), model.ctc.log_probs_of(AUDIOS).log_probs
+    wanted = scores(model, AUDIOS, labels)
+    model.save(tmp_path / "first", card="# a card\n", dtype=torch.float32)
+    again = load_attention_model(tmp_path / "first")
+    assert isinstance(again, SpeechLlm) and not again.sources and again.max_seconds == 7.0
+    again.save(tmp_path / "whole", card="", dtype=torch.float32)
+    for folder, found in ((tmp_path / "first", again), (tmp_path / "whole", SpeechLlm.load(tmp_path / "whole"))):
+        assert not any(module.training for module in found.modules())
+        assert found.vocabulary.digest() == model.vocabulary.digest() and found.prompts == model.prompts
+        torch.testing.assert_close(scores(found, AUDIOS, labels), wanted, atol=1e-3, rtol=1e-4)
+        acoustic = load_acoustic_model(folder)
+        assert isinstance(acoustic, CtcModel)
+        torch.testing.assert_close(acoustic.log_probs_of(AUDIOS).log_probs, heard, atol=1e-4, rtol=1e-4)
+
+    stored, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "whole"))
+    tied = () if kind != "gpt2" else ("llm.lm_head.weight",)
+    plain_llm = {f"llm.{name}" for name in tiny_lm(kind, tokenizer()).model.state_dict()} - set(tied)
+    added = {name for name in model.state_dict() if name.startswith(("adapter.", "cross."))}
+    assert whole.keys() == plain_llm | added | set(tiny_ctc().state_dict()), "plain names, nothing twice"
+    parts = {name: {n for n in stored if n.startswith(name)} for name in ("llm.", "adapter.", "cross.")}
+    assert parts["adapter."] | parts["cross."] == added
+    learned = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith("llm.")}
+    if named:
+        assert parts["llm."] == learned
+        assert all(name.endswith((".up", ".down")) or name.split(".")[-2] in ("embed_tokens", "wte", "lm_head") for name in learned) or (
+            learns == "all"
+        )
+    ctc = stored.keys() - set().union(*parts.values())
+    assert ctc == (set() if named and encoder == "rest" else set(tiny_ctc().state_dict()))
+
+
+def test_a_folder_of_low_rank_paths_holds_little_and_needs_its_sources(sources: dict[str, Path], tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("llm", "ctc")}
+    shutil.copytree(sources["qwen2"], places["llm"])
+    shutil.copytree(sources["ctc"], places["ctc"])
+    model = trained(tiny("qwen2", **places, encoder="rest", adapter=ADAPTERS["concat"], lora=Lora(2, 2.0, ("q_proj",))))
+    model.save(tmp_path / "small", card="", dtype=torch.float32)
+    stored = load_file(tmp_path / "small" / "model.safetensors")
+    layers = [f"llm.model.layers.{i}.self_attn.q_proj.{part}" for i in range(2) for part in ("up", "down")]
+    assert stored.keys() == {*layers, "adapter.norm.weight", "adapter.norm.bias", "adapter.linear.weight", "adapter.linear.bias"}
+    wanted, labels = scores(model, AUDIOS, texts_of(model)), texts_of(model)
+    loaded = SpeechLlm.load(tmp_path / "small")
+    loaded.save(tmp_path / "whole", card="", dtype=torch.float32)
+    size, whole = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("small", "whole"))
+    assert 10 * size < whole
+    other = byte_level([" ".join(WORDS.split()[::-1]), "bb aa", "aab"] * 9)
+    assert other.digest() != model.vocabulary.digest()
+    write_llm("qwen2", places["llm"], other)
+    message = f"was trained on {places['llm']} of vocabulary {model.vocabulary.digest()}, found {other.digest()}"
+    with pytest.raises(ModelError, match=message):
+        SpeechLlm.load(tmp_path / "small")
+    shutil.rmtree(places["llm"])
+    with pytest.raises(ModelError, match="does not load as a causal language model"):
+        SpeechLlm.load(tmp_path / "small")
+    shutil.rmtree(places["ctc"])
+    with pytest.raises(ModelError, match=f"{places['ctc']}"):
+        load_acoustic_model(tmp_path / "small")
+    torch.testing.assert_close(scores(SpeechLlm.load(tmp_path / "whole"), AUDIOS, labels), wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_half_precision_is_close(tmp_path: Path) -> None:
+    for how, fields in HOW.items():
+        model = trained(tiny(**fields))
+        model.save(tmp_path / how, card="", dtype=torch.float16)
+        rough = SpeechLlm.load(tmp_path / how, dtype="bfloat16")
+        assert rough.embeddings.weight.dtype == torch.bfloat16
+        exact = SpeechLlm.load(tmp_path / how)
+        labels = texts_of(model)
+        wanted = scores(model, AUDIOS, labels)
+        torch.testing.assert_close(scores(exact, AUDIOS, labels), wanted, atol=0.1, rtol=0)
+        assert not torch.equal(scores(exact, AUDIOS, labels), scores(rough, AUDIOS, labels))
+        torch.testing.assert_close(scores(rough, AUDIOS, labels), wanted, atol=1.5, rtol=0.02)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_warm_start_takes_what_the_folder_holds(how: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    def fresh(**fields: Any) -> SpeechLlm:
+        return tiny("qwen2", llm=sources["qwen2"], **fields, **HOW[how])
+
+    model = trained(fresh(encoder="learn"))
+    labels, wanted = texts_of(model), scores(model, AUDIOS, texts_of(model))
+    model.save(tmp_path, card="", dtype=torch.float32)
+    for encoder in ("learn", "rest"):
+        again = fresh(encoder=encoder)
+        report = warm_start(again, tmp_path)
+        assert not report.skipped and not report.new
+        torch.testing.assert_close(scores(again, AUDIOS, labels), wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ModelError, match="an encoder with low-rank paths"):
+        warm_start(fresh(encoder="lora"), tmp_path)
+
+
+# What learns
+
+
+def loss_of(out: AedOutput) -> Tensor:
+    spoken = F.cross_entropy(out.logits.flatten(0, 1), out.targets.flatten(), ignore_index=IGNORE)
+    return spoken - out.heads.main.log_probs.mean()
+
+
+LEARNING = [
+    ("all", "learn", "rest", "own", lambda name: name not in EMBEDDINGS),
+    ("all", "rest", "learn", "own", lambda name: not name.startswith("ctc.")),
+    ("lora", "lora", "rest", "own", lambda name: "ctc.head" in name or name.endswith((".up", ".down")) or is_added(name)),
+    ("lora", "rest", "rest", "ctc", lambda name: name in EMBEDDINGS or name.endswith((".up", ".down")) or is_added(name)),
+    ("nothing", "rest", "learn", "own", lambda name: name in EMBEDDINGS or is_added(name)),
+    ("nothing", "rest", "rest", "own", lambda name: is_added(name)),
+]
+EMBEDDINGS = {"llm.model.embed_tokens.weight", "llm.transformer.wte.weight", "llm.lm_head.weight"}
+
+
+def is_added(name: str) -> bool:
+    return name.startswith(("adapter.", "cross."))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(("learns", "encoder", "embeddings", "units", "expected"), LEARNING)
+def test_what_is_said_to_learn_has_gradients_under_autocast_and_nothing_else(
+    kind: str, learns: str, encoder: str, embeddings: str, units: str, expected: Callable[[str], bool]
+) -> None:
+    for how, fields in HOW.items():
+        adapter = ADAPTERS["ctc" if how == "merged" else "conv"]
+        dims = {"learns": learns, "encoder": encoder, "embeddings": embeddings, "units": units, "adapter": adapter, **fields, **PROMPTS}
+        model = tiny(kind, **dims).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = forward(model, AUDIOS, texts_of(model))
+            loss = loss_of(out)
+        assert out.logits.dtype == torch.float32
+        loss.backward()
+        found = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.isfinite().all())}
+        assert found == {name for name, _ in model.named_parameters() if expected(name)}, how
+
+
+@pytest.mark.parametrize("how", ["prefix", "both ways", "cross"])
+def test_computing_activations_again_gives_the_same_gradients(how: str) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = trained(tiny(lora=Lora(4, 4.0, TARGETS["llama"], dropout=0.0), encoder="rest", recompute=recompute, **HOW[how])).train()
+        calls: list[int] = []
+        model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))  # type: ignore[union-attr]
+        loss_of(forward(model, AUDIOS, texts_of(model))).backward()
+        assert len(calls) == 1 + recompute
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_encoder_at_rest_hears_the_same_in_training() -> None:
+    model = tiny(encoder="rest")
+    state = {name: x.clone() for name, x in model.ctc.state_dict().items()}
+    heard = forward(model, AUDIOS, texts_of(model)).heads.main.log_probs
+    with torch.no_grad():
+        assert torch.equal(forward(model.train(), AUDIOS, texts_of(model)).heads.main.log_probs, heard)
+        assert model.llm.training and all(torch.equal(x, state[name]) for name, x in model.ctc.state_dict().items())
+        learning = tiny(encoder="learn").train()
+        assert not torch.equal(forward(learning, AUDIOS, texts_of(learning)).heads.main.log_probs, heard)
+
+
+def test_what_cannot_be_built_or_heard_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bidirectional audio is of attention=prefix; in merged"):
+        SpeechLlmDims(attention="merged", bidirectional=True)
+    with pytest.raises(ValueError, match="recompute does not go with attention=merged"):
+        SpeechLlmDims(attention="merged", recompute=True)
+    lm, encoder = tiny_lm("llama", tokenizer()).model, tiny_ctc().encoder
+    letters = CtcModel(encoder, CharacterVocabulary(["<pad>", "|", "A"]))
+    with pytest.raises(ModelError, match="labels are a CharacterVocabulary, expected SentencePiece: set units=own"):
+        SpeechLlm(letters, lm, tokenizer(), SpeechLlmDims(units="ctc"))
+    with pytest.raises(ModelError, match="the CTC head stacks 2: set kind=concat"):
+        SpeechLlm(CtcModel(encoder, pieces(14), stack=2), lm, tokenizer(), SpeechLlmDims(adapter=AdapterDims("ctc")))
+    with pytest.raises(ModelError, match=r"is called q_proj, v_proj: set lora.targets to some of c_attn, c_fc, c_proj$"):
+        tiny("gpt2", lora=Lora())
+    with pytest.raises(ModelError, match="no linear layer of ConformerEncoder is called q_proj"):
+        tiny(encoder="lora", encoder_lora=Lora(targets=("q_proj",)))
+    model = tiny(max_seconds=1.0)
+    with pytest.raises(ModelError, match=r"1\.3 s of audio are longer than the 1 s that the model hears at once"):
+        model.scorer(AUDIOS)
+    with pytest.raises(ModelError, match="3 rows asked for, but the audio of 1 utterances"):
+        model.scorer(AUDIOS[:1]).start(3)
+    model.ctc.save(tmp_path, card="")
+    with pytest.raises(ModelError, match="is a model of type ctc, expected speech_llm"):
+        SpeechLlm.load(tmp_path)
+
+
+def test_models_whose_layers_are_not_known_can_be_prefixed() -> None:
+    config = OPTConfig(
+        vocab_size=tokenizer().size, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    for attention in ("merged", "cross"):
+        with pytest.raises(ModelError, match=r"OPT.* known here: use attention=prefix"):
+            SpeechLlm(tiny_ctc(), OPTForCausalLM(config), tokenizer(), SpeechLlmDims(attention=attention, learns="all"))
+    model = trained(SpeechLlm(tiny_ctc(), OPTForCausalLM(config), tokenizer(), SpeechLlmDims(learns="all")).eval())
+    labels = texts_of(model)
+    with torch.no_grad():
+        out = forward(model, AUDIOS, labels)
+    sums = [float(chosen(x.log_softmax(-1)[: len(y) + 1], y, model.vocabulary.eos).sum()) for x, y in zip(out.logits, labels, strict=True)]
+    assert scores(model, AUDIOS, labels).tolist() == pytest.approx(sums, abs=3e-4)
