@@ -308,3 +308,29 @@ def test_a_prior_is_estimated_and_stored(duolect, zoo, tmp_path):
     assert code == 0 and "softmax, counts" in out
     stored = json.loads((tmp_path / "priors.json").read_text())
     assert all(np.isfinite(stored["priors"][k]).all() for k in ("softmax", "counts"))
+
+
+def test_a_speech_llm_recognizes_by_its_folder_alone(duolect, zoo, tmp_path):
+    audio, one = zoo["corpus"] / "u0.wav", ["--device", "cpu", "--model", zoo["sllm"]]
+    code, out, err = duolect("transcribe", audio, *one)
+    assert code == 0 and len(out.splitlines()) == 1 and "scales sllm" in err
+    outs = {}
+    for decoding in ("sllm-greedy", "sllm-draft"):
+        code, _, _ = duolect("decode", "--data", zoo["corpus"], "--out", tmp_path / f"{decoding}.jsonl", "--decoding", decoding, *one)
+        assert code == 0
+        outs[decoding] = [line.text for line in read_hypotheses(tmp_path / f"{decoding}.jsonl")]
+    assert outs["sllm-greedy"] == outs["sllm-draft"]
+    # The same folder without audio is a language model, and can rescore what it heard.
+    parts = ["--hypotheses", tmp_path / "sllm-greedy.jsonl", "--out", tmp_path / "lm.jsonl", "--lm", zoo["sllm"], "--name", "lm"]
+    assert duolect("rescore", *parts, "--device", "cpu")[0] == 0
+    assert all("lm" in h.parts for line in read_hypotheses(tmp_path / "lm.jsonl") for h in line.nbest)
+
+
+def test_what_a_speech_llm_needs_is_said(duolect, zoo, tmp_path):
+    audio = zoo["corpus"] / "u0.wav"
+    code, _, err = duolect("transcribe", audio, "--decoding", "sllm", "--device", "cpu")
+    assert code == 2 and "decoding sllm needs a speech llm: name one with --speech-llm" in err
+    code, _, err = duolect("transcribe", audio, "--model", zoo["llm"], "--device", "cpu")
+    assert code == 2 and "expected ctc, aed or speech_llm" in err
+    code, _, err = duolect("transcribe", audio, "--speech-llm", zoo["am"], "--am", zoo["am"], "--decoding", "sllm", "--device", "cpu")
+    assert code == 2 and "is a CTC acoustic model, expected an attention encoder-decoder or speech LLM" in err
