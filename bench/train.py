@@ -268,7 +268,8 @@ def pipeline_rows(setup: Setup, most_seconds: float, *, device: torch.device, up
 
 
 def padding_row(seconds: Sequence[float], batch_seconds: float, speeds: Sequence[float]) -> dict[str, Any]:
-    """The share of padding, in percent, of epochs in three orders: as planned, and of what is heard, each at a speed of its own."""
+    """The share of padding, in percent, of what is heard in epochs: in the trainer's order, in that of lengths before speeds were drawn, in
+    others."""
     row: dict[str, Any] = {
         "batch s": batch_seconds,
         "batches": len(shuffled_batches(seconds, batch_seconds=batch_seconds, seed=0, epoch=0)),
@@ -278,13 +279,13 @@ def padding_row(seconds: Sequence[float], batch_seconds: float, speeds: Sequence
         draw = random.Random(epoch)
         heard, order = [x / draw.choice(speeds) for x in seconds], draw.sample(range(len(seconds)), len(seconds))
         orders = {
-            "laplace": shuffled_batches(seconds, batch_seconds=batch_seconds, seed=0, epoch=epoch),
-            "random": cut(order, seconds, batch_seconds),
-            "sorted": batches_by_seconds(seconds, batch_seconds=batch_seconds),
+            "laplace (trainer)": shuffled_batches(heard, batch_seconds=batch_seconds, seed=0, epoch=epoch),
+            "laplace, speed unknown": shuffled_batches(seconds, batch_seconds=batch_seconds, seed=0, epoch=epoch),
+            "random": cut(order, heard, batch_seconds),
+            "sorted": batches_by_seconds(heard, batch_seconds=batch_seconds),
         }
         for name, batches in orders.items():
-            shares.setdefault(f"{name} %", []).append(100 * padding_share(seconds, batches=batches))
-            shares.setdefault(f"{name}, heard %", []).append(100 * padding_share(heard, batches=batches))
+            shares.setdefault(f"{name} %", []).append(100 * padding_share(heard, batches=batches))
     return row | {name: statistics.mean(x) for name, x in shares.items()} | {"details": shares}
 
 
@@ -343,7 +344,7 @@ def main() -> None:
         "convolutions",
         "load: decoding, augmentation, padding, of the first batches of an epoch, with start and end of the workers; % of the update: of "
         "the first table, for as much audio, by medians; % cpu: by least processor time",
-        f"padding: share of the padded seconds, mean of {EPOCHS} epochs; heard: at the random speeds of the recipe, unknown to the order",
+        f"padding: share of the padded seconds, mean of {EPOCHS} epochs; at the random speeds of the recipe",
     ]
     setup = Setup.of(experiment, args.data)
     parts = {"update": [update_row(setup, experiment.learning.batch_seconds, **limits)]}

@@ -17,7 +17,7 @@ FLOOR = {
     **dict.fromkeys(("recipes", "study"), 3),
     **dict.fromkeys(("cli", "serve"), 4),
 }
-SIDEWAYS = {("models", "audio"), ("data", "audio"), ("models", "data")}
+SIDEWAYS = {("models", "audio"), ("data", "audio"), ("models", "data"), ("study", "recipes")}
 """Arrows that are allowed between rooms of one floor."""
 
 

@@ -15,6 +15,7 @@ from duolect.audio.augment import (
     hidden_features,
     noise,
     random_for,
+    speed_for,
 )
 
 SPEECH = np.sin(np.arange(16000) * 0.05).astype(np.float32) * 0.3
@@ -27,6 +28,15 @@ def test_same_seed_epoch_and_utterance_give_the_same() -> None:
     assert np.array_equal(one, two) and one.dtype == np.float32
     masked = [hidden_features(300, 80, random_for(0, 3, "a"), SpecAugment(), step=30_000) for _ in range(2)]
     assert np.array_equal(*masked) and masked[0].any()
+
+
+def test_a_speed_is_known_before_the_audio() -> None:
+    settings = Augmentation(speeds=(0.9, 1.0, 1.1))
+    drawn = [speed_for(0, epoch, "a", settings) for epoch in range(60)]
+    assert drawn == [speed_for(0, epoch, "a", settings) for epoch in range(60)] and set(drawn) == set(settings.speeds)
+    assert {speed_for(0, 0, name, NO_AUGMENTATION) for name in "abc"} == {1.0}
+    slow = augment_audio(SPEECH, random_for(0, 0, "a"), NO_AUGMENTATION, speed=0.9)
+    assert np.array_equal(slow, change_speed(SPEECH, 0.9))
 
 
 def test_no_augmentation_is_none() -> None:

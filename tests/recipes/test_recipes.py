@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 
 from duolect.audio.augment import Augmentation, SpecAugment
 from duolect.config import digest, from_json, to_json, with_overrides
 from duolect.data.filter import DataError, Labelled, usable
 from duolect.data.pieces import train_pieces
 from duolect.data.sources import open_source
-from duolect.models.aed import AedModel
+from duolect.models.adapters import AdapterDims
+from duolect.models.aed import AedModel, load_attention_model
 from duolect.models.attention_decoder import DecoderDims
 from duolect.models.conformer import ConformerDims, ConformerEncoder
 from duolect.models.ctc import CtcModel, load_acoustic_model
+from duolect.models.encoders import WhisperEncoder
 from duolect.models.extended import ExtendedEncoder, TopDims
-from duolect.recipes.asr import RECIPES, AsrExperiment, FromWhisper, Units, run
+from duolect.models.lm import load_language_model
+from duolect.models.lora import Lora
+from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims, Trainable
+from duolect.recipes.asr import RECIPES
+from duolect.recipes.experiment import AsrExperiment, FromModel, FromWhisper, LlmPart, Units, run
 from duolect.recipes.unit_lm import UnitLm, unit_lm
 from duolect.run import RunError
 from duolect.train.asr import AsrTask, Corpus, Learning
@@ -30,8 +39,10 @@ from duolect.train.checkpoint import TrainError
 from duolect.train.loop import TrainConfig
 from duolect.train.optim import WarmUp
 from duolect.train.parallel import World
+from duolect.train.task import Place
 from duolect.vocabulary import SentencePieceVocabulary, load_vocabulary
 from tests.models.test_encoders import tiny_whisper
+from tests.models.test_speech_llm import tokenizer, write_llm
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "every", "bird", "that", "came", "by", "while", "it", "rained"]
 TEXTS = [" ".join(WORDS[i % 7 : i % 7 + 2 + i % 5]) for i in range(24)]
@@ -41,14 +52,16 @@ QUICK = TrainConfig(RATES, steps=6, schedule=WarmUp(2), log_every=2, validate_ev
 DIMS = ConformerDims.of(layers=2, dim=32, kernel=5, channels=(4, 4, 4), subsampling=4)
 SPEC = SpecAugment(ramp=(0, 0, 0))
 GOLDEN = {
-    "tiny": "b636bbeab2",
-    "mini": "e4b1408475",
-    "whisper_top": "21564d79a2",
-    "whisper_ctc": "bd434ed780",
-    "librispeech_aed": "74c1807ce1",
-    "librispeech_aed_base": "9857986a56",
-    "loquacious_aed": "042a6d5830",
-    "continued": "9bd57698ca",
+    "tiny": "cc32654130",
+    "mini": "2946efba02",
+    "whisper_top": "cf03a63351",
+    "whisper_ctc": "b7c174d947",
+    "librispeech_aed": "bcbecc7001",
+    "librispeech_aed_base": "d2b65ecfb8",
+    "loquacious_aed": "e881a5130c",
+    "continued": "c62766d62a",
+    "speech_llm": "9213d5f9fd",
+    "loquacious_speech_llm": "58ba669bef",
 }
 """Digests of the resolved experiments: a recipe changes on purpose only, and then this line and docs/RESULTS.md change with it."""
 
@@ -102,10 +115,9 @@ def test_a_ctc_model_from_audio_and_text(data: Path, tmp_path: Path) -> None:
     assert {"ctc", "ctc1"} == lines[0]["loss"].keys()
 
 
-def test_an_aed_goes_on_to_the_bit_after_a_stop(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    aed = experiment(data, decoder=DecoderDims.of(layers=2, dim=32), heads=(1,))
-    expected = run(aed, tmp_path / "straight", world=World())
-    assert {"dev AED WER", "dev ce", "dev ce1", "dev ctc"} <= expected.keys()
+def straight_and_resumed(made: AsrExperiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, float]:
+    """The figures of a run, which one that was stopped and taken up again repeats to the bit; in tmp_path/straight and tmp_path/resumed."""
+    expected = run(made, tmp_path / "straight", world=World())
     losses, calls = AsrTask.losses, []
 
     def stopping(self: AsrTask, batch: object) -> object:
@@ -116,13 +128,101 @@ def test_an_aed_goes_on_to_the_bit_after_a_stop(data: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(AsrTask, "losses", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(aed, tmp_path / "resumed", world=World())
+        run(made, tmp_path / "resumed", world=World())
     monkeypatch.setattr(AsrTask, "losses", losses)
-    assert run(aed, tmp_path / "resumed", world=World()) == expected
+    assert run(made, tmp_path / "resumed", world=World()) == expected
     assert contents(tmp_path / "straight" / "model") == contents(tmp_path / "resumed" / "model")
+    return expected
+
+
+def test_an_aed_goes_on_to_the_bit_after_a_stop(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aed = experiment(data, decoder=DecoderDims.of(layers=2, dim=32), heads=(1,))
+    figures = straight_and_resumed(aed, tmp_path, monkeypatch)
+    assert {"dev decoder WER", "dev runaway", "dev ce", "dev ce1", "dev ctc"} <= figures.keys()
     assert isinstance(AedModel.load(tmp_path / "resumed" / "model"), AedModel)
     with pytest.raises(RunError, match=r"training\.steps: 6 -> 7"):
         run(replace(aed, training=replace(aed.training, steps=7)), tmp_path / "resumed", world=World())
+
+
+@pytest.fixture(scope="module")
+def parts(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a tiny CTC model in the units of the texts, and of a tiny language model with its tokenizer."""
+    root = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(1)
+    vocabulary = SentencePieceVocabulary(_units(data, root).model, blank="last")
+    CtcModel(ConformerEncoder(DIMS), vocabulary).save(root / "ctc", card="", dtype=torch.float32)
+    write_llm("llama", root / "llm", tokenizer())
+    return {name: root / name for name in ("ctc", "llm")}
+
+
+def speech_llm(data: Path, parts: Mapping[str, Path], *, heads: tuple[int, ...] = (), **dims: object) -> AsrExperiment:
+    """A speech LLM on the tiny CTC model; the dims differ from the defaults in `dims`."""
+    fields = {"adapter": AdapterDims("words"), "begin": "\n", "lora": Lora(2, 2.0), **dims}
+    return experiment(
+        data,
+        encoder=FromModel(str(parts["ctc"])),
+        llm=LlmPart(str(parts["llm"]), SpeechLlmDims(**fields), heads),  # type: ignore[arg-type]
+        training=replace(QUICK, learning_rates={"top": 1e-3, "encoder": 1e-3, "adapter": 1e-3, "llm": 1e-3}),
+    )
+
+
+def test_a_speech_llm_on_kept_frames_goes_on_to_the_bit_and_holds_what_learned(
+    data: Path, parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = replace(speech_llm(data, parts, encoder="rest"), learning=Learning(batch_seconds=8.0, decoder_check=3, kept_versions=2))
+    figures = straight_and_resumed(made, tmp_path, monkeypatch)
+    assert figures.keys() == {"dev WER", "dev ce", "dev decoder WER", "dev runaway", "held-out WER", "held-out ce"}
+    folder = tmp_path / "straight" / "model"
+    stored = load_file(folder / "model.safetensors")
+    assert {name for name in stored if not name.startswith("adapter.")} == {
+        f"llm.model.layers.{i}.self_attn.{target}.{part}" for i in (0, 1) for target in ("q_proj", "v_proj") for part in ("up", "down")
+    }
+    assert all(bool(x.any()) for name, x in stored.items() if name.endswith(".up")), "something was learned"
+    model, source = load_attention_model(folder), CtcModel.load(parts["ctc"])
+    assert isinstance(model, SpeechLlm) and model.vocabulary.digest() == tokenizer().digest()
+    assert all(torch.equal(x, source.state_dict()[name]) for name, x in model.ctc.state_dict().items())
+
+
+def test_a_speech_llm_whose_encoder_learns_has_its_ctc_losses(data: Path, parts: dict[str, Path], tmp_path: Path) -> None:
+    low_rank = {"encoder": "lora", "encoder_lora": Lora(2, 2.0, ("query",))}
+    made = speech_llm(data, parts, heads=(1,), attention="cross", adapter=AdapterDims("concat"), learns="nothing", **low_rank)
+    figures = run(made, tmp_path, world=World())
+    losses = {"ce", "ctc", "ctc1"}
+    assert figures.keys() == {f"{name} {x}" for name in ("dev", "held-out") for x in ("WER", *losses)} | {"dev decoder WER", "dev runaway"}
+    assert losses == json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"].keys()
+    model, source = load_attention_model(tmp_path / "model"), CtcModel.load(parts["ctc"]).state_dict()
+    assert isinstance(model, SpeechLlm) and not any("llm." in name for name in load_file(tmp_path / "model" / "model.safetensors"))
+    changed = {name for name, x in model.ctc.encoder.named_parameters() if not torch.equal(x, source[f"encoder.{name}"].half().float())}
+    assert changed == {f"layers.{i}.attention.query.weight" for i in (0, 1)}
+    head = load_acoustic_model(f"{tmp_path / 'model'}#1")
+    assert head.vocabulary.digest() == tokenizer().digest() and head.vocabulary.size == tokenizer().size + 1
+
+
+def test_a_speech_llm_goes_on_from_another_ones_folder(data: Path, parts: dict[str, Path], tmp_path: Path) -> None:
+    """Its model as the encoder's source, or as a warm start of all of it."""
+    first = speech_llm(data, parts, encoder="rest", learns="nothing")
+    run(first, tmp_path / "first", world=World())
+    stage = speech_llm(data, {**parts, "ctc": tmp_path / "first" / "model"}, encoder="rest")
+    run(stage, tmp_path / "second", world=World())
+    started = replace(speech_llm(data, parts, encoder="rest"), start=str(tmp_path / "first" / "model"))
+    run(started, tmp_path / "third", world=World())
+    source = CtcModel.load(parts["ctc"]).state_dict()
+    for name, bound in (("second", 1e-6), ("third", 1e-3)):  # the third one's folder is whole, in half precision
+        model = load_attention_model(tmp_path / name / "model")
+        assert isinstance(model, SpeechLlm)
+        for key, x in model.ctc.state_dict().items():
+            torch.testing.assert_close(x, source[key], atol=bound, rtol=bound)
+
+
+def test_speech_llms_that_make_no_sense_are_refused(data: Path, parts: dict[str, Path], tmp_path: Path) -> None:
+    made = speech_llm(data, parts)
+    with pytest.raises(TrainError, match="a decoder or an llm, not both"):
+        run(replace(made, decoder=DecoderDims.of(layers=1, dim=32)), tmp_path / "both", world=World())
+    with pytest.raises(TrainError, match="learning_rates of lm: expected "):
+        run(replace(made, training=replace(QUICK, learning_rates={"lm": 1.0})), tmp_path / "rates", world=World())
+    kept = Learning(batch_seconds=8.0, kept_versions=1)
+    with pytest.raises(TrainError, match="keeps the frames of an encoder that rests"):
+        run(replace(made, learning=kept), tmp_path / "kept", world=World())
 
 
 def test_layers_on_a_resting_whisper_then_all(data: Path, tmp_path: Path) -> None:
@@ -146,36 +246,46 @@ def test_layers_on_a_resting_whisper_then_all(data: Path, tmp_path: Path) -> Non
     assert not torch.equal(tuned.encoder.base.layers[1].fc1.weight, model.encoder.base.layers[1].fc1.weight)
 
 
-def test_kept_frames_are_those_of_the_whole_model(data: Path, tmp_path: Path) -> None:
-    """The loss on frames kept by `load` is the loss on the audio, for the same augmentation."""
-    from duolect.models.encoders import WhisperEncoder
-    from duolect.train.task import Place
-
-    vocabulary = SentencePieceVocabulary((_units(data, tmp_path)).model, blank="last")
-    torch.manual_seed(0)
-    encoder = ExtendedEncoder(WhisperEncoder.from_whisper(data / "whisper", merge_after=1), TopDims(dim=32, layers=1, kernel=3))
-    model = CtcModel(encoder, vocabulary).eval()
-    for wrong in (model, CtcModel(ConformerEncoder(DIMS), vocabulary)):  # the encoder learns; there is nothing on top
-        with pytest.raises(TrainError, match="layers on top of one that rests"):
-            AsrTask(wrong, Learning(kept_versions=1), [], {}, seed=0)
-    encoder.base.requires_grad_(False)
-
+def kept_and_computed(model: Trainable, data: Path, loss: str) -> list[float]:
+    """The loss on the audio, and on frames kept by `load`, each computed and taken again, for the same augmentation."""
+    vocabulary = (model if isinstance(model, CtcModel) else model.ctc).vocabulary
     items = usable(open_source(data).utterances, vocabulary, seconds_per_frame=0.04).items
     corpus = Corpus("x", augment=Augmentation(noise_chance=1.0, spec=None))
     found = []
     for versions in (0, 1):
         task = AsrTask(model, Learning(batch_seconds=8.0, kept_versions=versions), [(corpus, items)], {}, seed=0)
         micro = task.plan(0, 1)[0][0]
-        for _ in range(2):  # computed, then kept
+        for _ in range(2):
             batch = task.load(micro, Place())
             assert batch is not None and batch.kept == bool(versions)
-            found.append(float(task.losses(batch)["ctc"].detach()))
+            found.append(float(task.losses(batch)[loss].detach()))
+    return found
+
+
+def test_kept_frames_are_those_of_the_whole_model(data: Path, tmp_path: Path) -> None:
+    vocabulary = SentencePieceVocabulary((_units(data, tmp_path)).model, blank="last")
+    torch.manual_seed(0)
+    encoder = ExtendedEncoder(WhisperEncoder.from_whisper(data / "whisper", merge_after=1), TopDims(dim=32, layers=1, kernel=3))
+    model = CtcModel(encoder, vocabulary).eval()
+    for wrong in (model, CtcModel(ConformerEncoder(DIMS), vocabulary)):  # the encoder learns; there is nothing on top
+        with pytest.raises(TrainError, match="layers on top with one CTC head"):
+            AsrTask(wrong, Learning(kept_versions=1), [], {}, seed=0)
+    encoder.base.requires_grad_(False)
+    found = kept_and_computed(model, data, "ctc")
+    assert found == pytest.approx([found[0]] * 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("adapter", ["concat", "ctc", "words"])
+def test_kept_frames_of_a_speech_llm_are_those_of_the_whole_model(data: Path, parts: dict[str, Path], adapter: Any) -> None:
+    llm, vocabulary = load_language_model(parts["llm"])
+    torch.manual_seed(0)
+    model = SpeechLlm(CtcModel.load(parts["ctc"]), llm, vocabulary, SpeechLlmDims(adapter=AdapterDims(adapter), encoder="rest")).eval()
+    torch.nn.init.normal_(model.adapter.linear.weight)
+    found = kept_and_computed(model, data, "ce")
     assert found == pytest.approx([found[0]] * 4, rel=1e-3)
 
 
 def test_segmentations_are_drawn_anew_each_epoch(data: Path, tmp_path: Path) -> None:
-    from duolect.train.task import Place
-
     vocabulary = _units(data, tmp_path)
     items = usable(open_source(data).utterances, vocabulary, seconds_per_frame=0.04).items
     model, corpus = CtcModel(ConformerEncoder(DIMS), vocabulary), Corpus("x", augment=Augmentation((1.0,), 0.0, spec=None))
@@ -255,3 +365,20 @@ def test_unusable_speech_stops_with_counts(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"12 of 24 utterances cannot be used \(characters outside the vocabulary: 12\)"):
         run(experiment(data, corpora=(Corpus(str(bad)),)), tmp_path / "run", world=World())
     assert len((tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()) == 12
+
+
+def test_batches_are_of_utterances_as_long_as_they_are_heard(data: Path, tmp_path: Path) -> None:
+    vocabulary = SentencePieceVocabulary((_units(data, tmp_path)).model, blank="last")
+    items = usable(open_source(data).utterances, vocabulary, seconds_per_frame=0.04).items
+    corpus = Corpus("x", augment=Augmentation(speeds=(0.5, 1.0, 2.0), noise_chance=0.0, spec=None))
+    task = AsrTask(CtcModel(ConformerEncoder(DIMS), vocabulary), Learning(batch_seconds=6.0), [(corpus, items)], {}, seed=0)
+    for place in (Place(), Place(epoch=1)):
+        sizes = [task.load(micro, place).sizes for update in task.plan(place.epoch, 1) for micro in update]  # type: ignore[union-attr]
+        assert all(int(x.max()) * len(x) <= 6.01 * 16000 for x in sizes), "no batch is longer than asked, whatever the speeds"
+        assert sum(len(x) for x in sizes) == len(items)
+
+
+def test_kept_frames_do_not_go_with_workers(data: Path, tmp_path: Path) -> None:
+    made = experiment(data, learning=Learning(kept_versions=1), training=replace(QUICK, workers=2))
+    with pytest.raises(TrainError, match=r"set training\.workers=0"):
+        run(made, tmp_path / "out", world=World())

@@ -46,11 +46,17 @@ def random_for(seed: int, epoch: int, utterance: str, purpose: str = "augment") 
     return np.random.default_rng(np.frombuffer(digest[:16], np.uint32))
 
 
+def speed_for(seed: int, epoch: int, utterance: str, settings: Augmentation) -> float:
+    """The speed at which an utterance is heard: known before its audio is, so that batches can be made of utterances equally long then."""
+    speeds = settings.speeds
+    return speeds[0] if len(speeds) == 1 else speeds[int(random_for(seed, epoch, utterance, "speed").integers(len(speeds)))]
+
+
 def augment_audio(
-    audio: np.ndarray, random: np.random.Generator, settings: Augmentation, *, others: Sequence[np.ndarray] = ()
+    audio: np.ndarray, random: np.random.Generator, settings: Augmentation, *, speed: float = 1.0, others: Sequence[np.ndarray] = ()
 ) -> np.ndarray:
     """Samples [N'] at another speed, perhaps with noise; `others` are utterances to make babble of."""
-    audio = change_speed(audio, float(random.choice(settings.speeds)))
+    audio = change_speed(audio, speed)
     if random.random() < settings.noise_chance:
         audio = add_noise(audio, noise(len(audio), random, others=others), float(random.uniform(*settings.snr_db)))
     return audio

@@ -46,16 +46,17 @@ def train(
 
     from duolect.cli.recognition import quiet
     from duolect.config import ConfigError, diff, to_json, with_overrides
-    from duolect.recipes import asr
+    from duolect.recipes.asr import RECIPES
+    from duolect.recipes.experiment import run
     from duolect.train.parallel import join
 
     quiet()
-    if recipe not in asr.RECIPES:
-        near = difflib.get_close_matches(recipe, asr.RECIPES, 1)
-        raise ValueError(f"recipe {recipe!r} is unknown{f', is {near[0]} meant?' if near else ''}; known: {', '.join(asr.RECIPES)}")
+    if recipe not in RECIPES:
+        near = difflib.get_close_matches(recipe, RECIPES, 1)
+        raise ValueError(f"recipe {recipe!r} is unknown{f', is {near[0]} meant?' if near else ''}; known: {', '.join(RECIPES)}")
     if recipe != "tiny" and not train:
         raise ValueError(f"{recipe} needs speech to learn from: name manifests or folders with --train")
-    plain = asr.RECIPES[recipe](train, dev, text)
+    plain = RECIPES[recipe](train, dev, text)
     if bad := [x for x in set if "=" not in x]:
         raise ConfigError(f"--set {bad[0]}: expected field=value, such as training.epochs=20")
     experiment = with_overrides(plain, dict(x.split("=", 1) for x in set))
@@ -64,7 +65,7 @@ def train(
         return 0
     out = out or Path("runs") / recipe
     world = join("shard" if shard else "replicate", device)
-    figures = asr.run(experiment, out, world=world, mirror=mirror, deviations=diff(plain, experiment))
+    figures = run(experiment, out, world=world, mirror=mirror, deviations=diff(plain, experiment))
     if world.first:
         print(f"{out / 'model'}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     return 0

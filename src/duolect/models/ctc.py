@@ -172,8 +172,10 @@ class CtcModel(nn.Module, AcousticModel):
         folder = Path(folder)
         config = read_config(folder)
         model = cls.of_config(config, folder)
-        source = config.get("sources", {}).get("ctc")  # of a speech LLM whose encoder rested
-        load_weights(model.weights(), Path(resolve(source)) if source else folder, ignore=("decoder.", "adapter.", "cross.", "llm."))
+        place = folder
+        while source := read_config(place).get("sources", {}).get("ctc"):  # of a speech LLM whose encoder rested
+            place = Path(resolve(source))
+        load_weights(model.weights(), place, ignore=("decoder.", "adapter.", "cross.", "llm."))
         return model if head is None else model.ending_at(head)
 
     @classmethod

@@ -13,7 +13,7 @@ from duolect.data.sources import open_source
 from duolect.evaluate.normalize import normalizer
 from duolect.evaluate.table import Row, rows
 from duolect.evaluate.wer import score_recognized
-from duolect.recipes.asr import AsrExperiment, FromModel, run
+from duolect.recipes.experiment import AsrExperiment, FromModel, run
 from duolect.recognize.files import decode_to_files
 from duolect.recognize.models import Models
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of

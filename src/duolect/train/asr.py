@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duolect.audio.augment import Augmentation, augment_audio, hidden_features, random_for
+from duolect.audio.augment import Augmentation, augment_audio, hidden_features, random_for, speed_for
 from duolect.audio.features import HOP
 from duolect.audio.io import AudioError
 from duolect.config import registered
@@ -166,7 +166,8 @@ class AsrTask(Task[Heard, AsrBatch]):
 
     def plan(self, epoch: int, parts: int) -> Sequence[Sequence[tuple[Heard, ...]]]:
         chosen = [Heard(x, n) for n in range(len(self.corpora)) for x in self._of_epoch(n, epoch)]
-        seconds = [x.item.seconds for x in chosen]
+        # As they will be heard: lengths that a speed drawn later changed by a tenth would triple the padding.
+        seconds = [x.item.seconds / self._speed(x, epoch) for x in chosen]
         batches = shuffled_batches(
             seconds, batch_seconds=self.learning.batch_seconds, seed=self.seed, epoch=epoch, at_least=min(parts, len(chosen))
         )
@@ -197,7 +198,7 @@ class AsrTask(Task[Heard, AsrBatch]):
     def _row(self, heard: Heard, place: Place) -> tuple[Tensor, np.ndarray | None, Labelled] | None:
         """(audio [N] or kept frames [T, D], hidden features [F, mels], the item); None where the audio cannot be read."""
         settings, versions = self.corpora[heard.corpus][0].augment, self.learning.kept_versions
-        version = place.epoch % versions if versions else place.epoch
+        version = self._version(place.epoch)
         utterance = heard.item.utterance
         random = random_for(self.seed, version, utterance.id)
         try:
@@ -205,7 +206,9 @@ class AsrTask(Task[Heard, AsrBatch]):
                 return self._frames[_place(utterance), version].float(), None, heard.item
             others = self.corpora[heard.corpus][1]
             babble = [self._sound(others[i].utterance) for i in random.integers(0, len(others), 4)] if settings.noise_chance else []
-            audio = torch.from_numpy(augment_audio(self._sound(utterance), random, settings, others=babble))
+            audio = torch.from_numpy(
+                augment_audio(self._sound(utterance), random, settings, speed=self._speed(heard, place.epoch), others=babble)
+            )
         except AudioError as error:
             self._cannot_read(utterance, error)
             return None
@@ -215,6 +218,13 @@ class AsrTask(Task[Heard, AsrBatch]):
         spec, mels = settings.spec, self.ctc.encoder.mels
         hidden = None if spec is None else hidden_features(-(-len(audio) // HOP), mels, random, spec, step=place.step)
         return audio, hidden, heard.item
+
+    def _version(self, epoch: int) -> int:
+        """Which augmentation an epoch hears."""
+        return epoch % self.learning.kept_versions if self.learning.kept_versions else epoch
+
+    def _speed(self, heard: Heard, epoch: int) -> float:
+        return speed_for(self.seed, self._version(epoch), heard.item.utterance.id, self.corpora[heard.corpus][0].augment)
 
     def _sound(self, utterance: Utterance) -> np.ndarray:
         if self._audio is None:
