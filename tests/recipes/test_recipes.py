@@ -200,12 +200,15 @@ def test_a_speech_llm_whose_encoder_learns_has_its_ctc_losses(data: Path, parts:
 
 def test_a_speech_llm_goes_on_from_another_ones_folder(data: Path, parts: dict[str, Path], tmp_path: Path) -> None:
     """Its model as the encoder's source, or as a warm start of all of it."""
-    first = speech_llm(data, parts, encoder="rest", learns="nothing")
-    run(first, tmp_path / "first", world=World())
-    stage = speech_llm(data, {**parts, "ctc": tmp_path / "first" / "model"}, encoder="rest")
-    run(stage, tmp_path / "second", world=World())
-    started = replace(speech_llm(data, parts, encoder="rest"), start=str(tmp_path / "first" / "model"))
-    run(started, tmp_path / "third", world=World())
+    first = tmp_path / "first" / "model"
+    stages = {
+        "first": speech_llm(data, parts, encoder="rest", learns="nothing"),
+        "second": speech_llm(data, {**parts, "ctc": first}, encoder="rest"),
+        "third": replace(speech_llm(data, parts, encoder="rest"), start=str(first)),
+    }
+    for name, made in stages.items():
+        once = replace(made.training, steps=1, validate_every=1, save_every=1, keep_best=0)
+        run(replace(made, training=once, learning=Learning(batch_seconds=8.0, decoder_check=0)), tmp_path / name, world=World())
     source = CtcModel.load(parts["ctc"]).state_dict()
     for name, bound in (("second", 1e-6), ("third", 1e-3)):  # the third one's folder is whole, in half precision
         model = load_attention_model(tmp_path / name / "model")
