@@ -340,7 +340,7 @@ def main() -> None:
         f"trained on {name}; data: {args.data}",
         "update: all that the trainer's loop does for a batch; products: its matrix products, convolutions and fused attention alone, in "
         "turn with it; x: update / products, by medians, x cpu: by least processor time",
-        "GFLOP: padding included, also in MFU; torch's count, which the trainer's own MFU uses, is too high for gradients of grouped "
+        "GFLOP: padding included, also in MFU; torch's count, which the trainer corrects, is too high for gradients of grouped "
         "convolutions",
         "load: decoding, augmentation, padding, of the first batches of an epoch, with start and end of the workers; % of the update: of "
         "the first table, for as much audio, by medians; % cpu: by least processor time",

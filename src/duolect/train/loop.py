@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from duolect.config import registered
 from duolect.train.checkpoint import (
@@ -29,7 +28,7 @@ from duolect.train.checkpoint import (
     write_weights,
 )
 from duolect.train.loader import updates
-from duolect.train.monitor import Monitor
+from duolect.train.monitor import Monitor, flop_counter
 from duolect.train.optim import Average, Schedule, WarmUp, adamw, set_rates
 from duolect.train.parallel import World
 from duolect.train.task import Batch, Place, Ratio, Task
@@ -198,7 +197,7 @@ def _backward(
     task, world = run.task, run.world
     counting = run.monitor.wants_flops
     try:
-        with FlopCounterMode(display=False) if counting else contextlib.nullcontext() as flops:
+        with flop_counter() if counting else contextlib.nullcontext() as flops:
             with torch.autocast(world.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
                 losses = task.losses(batch.on(world.device))
             total = sum(task.weight(name) * value / max(1.0, counts.get(name, 0.0)) for name, value in losses.items())

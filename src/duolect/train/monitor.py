@@ -10,11 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
 from duolect.train.checkpoint import TrainError
 from duolect.train.parallel import World, peak_flops
 from duolect.train.task import Place
 
 METRICS = "metrics.jsonl"
+
+
+def flop_counter() -> FlopCounterMode:
+    """A counter of what runs inside, whose formula for gradients of grouped convolutions is right.
+
+    torch's counts the gradient of a group's weight as if it met all channels: a depthwise convolution's `channels` times too much.
+    """
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def _convolution_backward(*shapes: Any, **options: Any) -> int:
+    """Operations of convolution_backward, by its arguments with shapes for tensors: each gradient costs what the forward pass did."""
+    gradient, x, weight, transposed, wanted = (shapes[i] for i in (0, 1, 2, 7, 10))
+    return sum(wanted[:2]) * conv_flop_count(x, weight, gradient, transposed)
 
 
 class Monitor:
