@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -27,13 +26,14 @@ from duolect.models.adapters import Adapter, AdapterDims
 from duolect.models.aed import AedModel, AedOutput, AttentionModel, Precision, encoded_whole
 from duolect.models.attention_decoder import histories
 from duolect.models.cache import Trie
+from duolect.models.cross_attention import CrossAttention, Heard
 from duolect.models.ctc import CtcModel, Heads, load_weights, read_config, save_model
 from duolect.models.decoder import DecoderScorer
 from duolect.models.embedded import resolve
 from duolect.models.encoders import frame_mask
 from duolect.models.lm import HFCausalLM, load_language_model, output_layer
 from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
-from duolect.models.packed import NewNodes, attend_packed, node_cache, packing
+from duolect.models.packed import NewNodes, node_cache, packing
 from duolect.models.rehead import Initial, label_embeddings, rehead
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 
@@ -312,44 +312,6 @@ class SpeechLlm(nn.Module, AttentionModel):
 
 Trainable = CtcModel | AedModel | SpeechLlm
 """What the recipes train."""
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention of hidden states to audio, added through a gate that is shut at first, so that the model starts as it was."""
-
-    def __init__(self, width: int, heads: int, number: int) -> None:
-        super().__init__()
-        self.heads, self.number = heads, number
-        self.norm, self.query, self.out = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
-        self.key_value, self.gate = nn.Linear(width, 2 * width), nn.Parameter(torch.zeros(1))
-
-    def heard(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, S] of audio [B, T, W]."""
-        key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in self.key_value(audio).chunk(2, -1))
-        return key, value
-
-    def before(self, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a layer of the language model is called with instead; without audio, the model is what it was."""
-        heard: Heard | None = options.pop("heard", None)
-        if heard is None:
-            return arguments, options
-        x = arguments[0]
-        query = self.query(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        key, value = heard.keys_values[self.number]
-        if heard.new is None:
-            y = F.scaled_dot_product_attention(query, key, value, attn_mask=heard.mask)
-        else:
-            y = attend_packed(heard.new, query, key, value, heard.mask)
-        return (x + self.gate.tanh() * self.out(y.transpose(1, 2).flatten(2)), *arguments[1:]), options
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What added layers attend to: keys and values [B, H, T, S] by layer, mask [B, 1, 1, T] of real ones; new: where the call is packed."""
-
-    keys_values: Sequence[tuple[Tensor, Tensor]]
-    mask: Tensor
-    new: NewNodes | None = None
 
 
 class SpeechLlmScorer(DecoderScorer):
