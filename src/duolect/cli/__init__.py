@@ -14,7 +14,7 @@ def main() -> None:
     """Runs `duolect <command> ...`. Exit code 0: all done; 1: some of it failed, as listed; 2: nothing could be done, as said."""
     import tyro
 
-    from duolect.cli import evaluation, maintenance, preparation, recognition, study, training
+    from duolect.cli import evaluation, maintenance, preparation, recognition, report, study, training
 
     commands = {
         "transcribe": recognition.transcribe,
@@ -23,6 +23,7 @@ def main() -> None:
         "compare": recognition.compare,
         "tune": evaluation.tune,
         "score": evaluation.score,
+        "report": report.report,
         "prepare": preparation.prepare,
         "units": preparation.units,
         "train": training.train,

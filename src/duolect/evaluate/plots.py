@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -17,8 +21,7 @@ class PlotError(RuntimeError):
 
 def wer_surface(probes: Probes, *, best: Mapping[str, float], path: str | Path) -> None:
     """Writes the WER over one scale (a curve) or over the first two (contours, the best of the others), the optimum marked."""
-    figure_class = _figure()
-    figure = figure_class(figsize=(6.4, 4.4), layout="constrained")
+    figure = figure_class()(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     at = [best[name] for name in probes.names]
     if len(probes.names) == 1:
@@ -42,7 +45,96 @@ def wer_surface(probes: Probes, *, best: Mapping[str, float], path: str | Path) 
     figure.savefig(path, dpi=150)
 
 
-def _figure() -> Any:
+@dataclass(frozen=True)
+class AttentionAxes:
+    """What stands along attention maps [Q, K].
+
+    kinds, keys: [K] prompt, audio or text, and names; seconds: [K] of audio, nan elsewhere. rows: [Q] names. words: where an alignment puts
+    them, as boxes of rows and keys (first row, row behind, first key, key behind).
+    """
+
+    kinds: Sequence[str]
+    keys: Sequence[str]
+    seconds: Sequence[float]
+    rows: Sequence[str]
+    words: Sequence[tuple[int, int, int, int]]
+
+    @property
+    def boxed(self) -> np.ndarray:
+        """bool [Q, K]: what lies in a box."""
+        inside = np.zeros((len(self.rows), len(self.keys)), dtype=bool)
+        for top, bottom, left, right in self.words:
+            inside[top:bottom, left:right] = True
+        return inside
+
+
+def attention_panels(maps: Mapping[str, np.ndarray], *, axes: AttentionAxes, title: str, path: str | Path) -> None:
+    """Writes attention maps [Q, K], side by side by their titles, the aligned words boxed."""
+    figure_of = figure_class()
+    from matplotlib.colors import PowerNorm
+    from matplotlib.patches import Rectangle
+
+    columns = min(3, len(maps))
+    lines = -(-len(maps) // columns)
+    wide, high = float(np.clip(0.06 * len(axes.keys), 3.6, 7.5)), float(np.clip(0.14 * len(axes.rows), 2.2, 18.0))
+    figure = figure_of(figsize=(1.8 + columns * wide, 0.9 + lines * (high + 0.9)), layout="constrained")
+    figure.suptitle(fill(title, int(12 * figure.get_figwidth())), fontsize=9, parse_math=False)
+    panels = [figure.add_subplot(lines, columns, i + 1) for i in range(len(maps))]
+    # Most weights are small: by their square roots, a tenth is still seen beside a one.
+    norm = PowerNorm(0.5, 0.0, 1.0)
+    for panel, (name, weights) in zip(panels, maps.items(), strict=True):
+        image = panel.imshow(weights, aspect="auto", cmap="Blues", norm=norm, interpolation="nearest")
+        for top, bottom, left, right in axes.words:
+            box = Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor="#b3331d", linewidth=0.8)
+            panel.add_patch(box)
+        _ticks(panel, axes, wide=wide, high=high)
+        panel.set_title(name, fontsize=9, pad=_regions(panel, axes.kinds, wide=wide))
+    bar = figure.colorbar(image, ax=panels, label="attention weight", ticks=[0, 0.02, 0.1, 0.25, 0.5, 1.0], fraction=0.05, aspect=30)
+    bar.ax.tick_params(labelsize=7)
+    if axes.words:
+        figure.legend([box], ["the word in the CTC alignment"], loc="outside lower left", fontsize=8, frameon=False)
+    figure.supxlabel("keys: audio in seconds, text by label", fontsize=9)
+    figure.supylabel("queries, by the label they predict", fontsize=9)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # pieces of letters, and letters that the font lacks, become boxes
+        figure.savefig(path, dpi=150)
+
+
+def _ticks(panel: Any, axes: AttentionAxes, *, wide: float, high: float) -> None:
+    """Labels as many ticks as a panel of so many inches has room for."""
+    step = -(-len(axes.rows) * 0.12 // high)
+    shown = range(0, len(axes.rows), int(step))
+    panel.set_yticks(shown, [axes.rows[i] for i in shown], fontsize=7, parse_math=False)
+    seconds = np.array(axes.seconds)
+    heard, written = np.flatnonzero(np.isfinite(seconds)), np.flatnonzero(np.isnan(seconds))
+    first, last, per_inch = float(seconds[heard[0]]), float(seconds[heard[-1]]), len(axes.keys) / wide
+    every = next((s for s in (0.1, 0.2, 0.5, 1.0, 2.0) if (last - first) / s <= len(heard) / per_inch / 0.25), 5.0)
+    times = np.arange(np.ceil(first / every), last / every + 1e-6) * every
+    names = [(i, axes.keys[i]) for i in written[:: int(np.ceil(0.11 * per_inch))].tolist()]
+    ticks = [*zip(np.interp(times, seconds[heard], heard), (f"{t:g}" for t in times.round(3)), strict=True), *names]
+    panel.set_xticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=7, parse_math=False)
+    for label in panel.get_xticklabels()[len(times) :]:
+        label.set_rotation(90)
+
+
+def _regions(panel: Any, kinds: Sequence[str], *, wide: float) -> float:
+    """Parts and names the stretches of keys of one kind; how many points above the panel the names need."""
+    begin, need = 0, 16.0
+    for kind, run in groupby(kinds):
+        size = len(list(run))
+        if begin:
+            panel.axvline(begin - 0.5, color="#555555", linewidth=0.8)
+        upright = wide * size / len(kinds) < 0.08 * len(kind)
+        need = max(need, 42.0 if upright else 0.0)
+        place = {"xycoords": panel.get_xaxis_transform(), "xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        panel.annotate(kind, (begin + (size - 1) / 2, 1.0), fontsize=8, color="#555555", rotation=90 if upright else 0, **place)
+        begin += size
+    return need
+
+
+def figure_class() -> Any:
+    """matplotlib's Figure. Raises PlotError where there is none; asked before long work, it saves that work."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
