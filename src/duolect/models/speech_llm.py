@@ -269,10 +269,11 @@ class SpeechLlm(nn.Module, AttentionModel):
         }
 
     def save_vocabularies(self, folder: Path) -> None:
-        """Writes the CTC part's vocabularies to the folder, the language model's to its folder llm."""
+        """Writes the CTC part's vocabularies to the folder, the language model's to its folder llm unless a source has it."""
         self.ctc.save_vocabularies(folder)
-        (folder / "llm").mkdir(parents=True, exist_ok=True)
-        self.vocabulary.save(folder / "llm")
+        if "llm" not in self.sources:
+            (folder / "llm").mkdir(parents=True, exist_ok=True)
+            self.vocabulary.save(folder / "llm")
 
     def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
         """Writes a model folder; the weights in `dtype`, the vocabularies beside them, `card` as README.md."""
