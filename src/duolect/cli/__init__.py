@@ -14,12 +14,13 @@ def main() -> None:
     """Runs `duolect <command> ...`. Exit code 0: all done; 1: some of it failed, as listed; 2: nothing could be done, as said."""
     import tyro
 
-    from duolect.cli import evaluation, maintenance, preparation, recognition, report, study, training
+    from duolect.cli import evaluation, guarding, maintenance, preparation, recognition, report, study, training
 
     commands = {
         "transcribe": recognition.transcribe,
         "decode": recognition.decode,
         "rescore": recognition.rescore,
+        "guard": guarding.guard,
         "compare": recognition.compare,
         "tune": evaluation.tune,
         "score": evaluation.score,
