@@ -149,8 +149,13 @@ def speech_llm(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrE
     CTC model, which has seen this speech, err as often as on speech that is new to it (35% of the words instead of 13%).
     """
     noise = Augmentation(noise_chance=0.9, snr_db=(-2.0, 15.0), spec=None)
-    prompts = {"before": "Misheard transcript: ", "after": "\nCorrected transcript:", "begin": "\n"}  # the best of five before training
-    dims = SpeechLlmDims(adapter=AdapterDims("words"), encoder="rest", **prompts)
+    dims = SpeechLlmDims(
+        adapter=AdapterDims("words"),
+        before="Misheard transcript: ",  # the best of five pairs of prompts before any training
+        after="\nCorrected transcript:",
+        begin="\n",
+        encoder="rest",
+    )
     return AsrExperiment(
         "speech_llm",
         tuple(Corpus(x, 1 if i == 0 else 14, noise) for i, x in enumerate(sources)),
