@@ -22,8 +22,11 @@ NEG = float("-inf")
 
 @dataclass(frozen=True)
 class Draft:
-    """How drafts are used. chunk: labels checked in one pass. slack: a draft's label is also taken where its log-probability is at most
-    so much below the best label's and the entropy of the next label is at least `entropy` nats; 0 is lossless: greedy search, only faster.
+    """How drafts are used.
+
+    chunk: labels checked in one pass at most; behind a disagreement fewer. slack: a draft's label is also taken where its log-probability
+    is at most so much below the best label's and the entropy of the next label is at least `entropy` nats; 0 is lossless: greedy search,
+    only faster.
     """
 
     chunk: int = 16
@@ -55,10 +58,10 @@ def greedy_with_drafts(
     """
     settings, vocabulary = settings or Draft(), scorer.vocabulary
     limits = torch.as_tensor(max_labels).expand(len(drafts)).tolist()
-    rows = [_Row(draft, limit) for draft, limit in zip(drafts, limits, strict=True)]
+    rows = [_Row(draft, limit, settings.chunk) for draft, limit in zip(drafts, limits, strict=True)]
     state, active, passes = scorer.start(len(drafts)), rows, 0
     while active:
-        chunks = [[*row.pending, *row.proposed(vocabulary, settings.chunk)] for row in active]
+        chunks = [[*row.pending, *row.proposed(vocabulary)] for row in active]
         ahead, seen = _seen(scorer, state, chunks, settings)
         behind = torch.tensor([row.take(chunk, x) for row, chunk, x in zip(active, chunks, seen, strict=True)])
         passes += 1
@@ -105,18 +108,18 @@ def _seen(scorer: Scorer[Any], state: Any, chunks: Sequence[Sequence[int]], sett
 class _Row:
     """One utterance on its way: labels decided, of which the last may not have been consumed by the scorer's state yet (pending)."""
 
-    def __init__(self, draft: str, limit: int) -> None:
-        self.draft, self.limit = draft, limit
+    def __init__(self, draft: str, limit: int, chunk: int) -> None:
+        self.draft, self.limit, self.chunk, self.reach = draft, limit, chunk, chunk
         self.labels: list[int] = []
         self.pending: list[int] = []
         self.score, self.accepted, self.ended = 0.0, 0, False
 
-    def proposed(self, vocabulary: Vocabulary, chunk: int) -> list[int]:
-        """The next labels by the draft, at most `chunk` and no more than the limit leaves."""
+    def proposed(self, vocabulary: Vocabulary) -> list[int]:
+        """The next labels by the draft, as many as the one before gives hope for and no more than the limit leaves."""
         rest = remainder(vocabulary.decode(self.labels), self.draft) if self.labels else self.draft
         if rest and self.labels and vocabulary.word_joint == "dummy":  # such a tokenizer begins a word wherever a text begins
             rest = rest[1:] if rest[0] == " " else rest.partition(" ")[2]
-        return vocabulary.encode(rest)[: min(chunk, self.limit - len(self.labels))] if rest else []
+        return vocabulary.encode(rest)[: min(self.reach, self.limit - len(self.labels))] if rest else []
 
     def take(self, chunk: Sequence[int], seen: _Seen) -> int:
         """Decides labels up to the first disagreement and the scorer's own next one; how many labels of the chunk the state is to have."""
@@ -126,6 +129,8 @@ class _Row:
             self.score += seen.drafted[place]
             self.accepted += 1
             place += 1
+        # What is checked in vain costs as much as what is taken: a poor draft is asked for little at a time.
+        self.reach = min(self.chunk, 2 * (place - len(self.pending)) + 2)
         full = len(self.labels) >= self.limit
         self.ended = full or bool(seen.ends[place] >= seen.scores[place])
         self.score += seen.ends[place] if self.ended else seen.scores[place]
