@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from duolect.cli.checks import writable
-from duolect.cli.recognition import ModelOptions, _recognizer, _report, _say_score, _source
+from duolect.cli.options import ModelOptions, recognizer_for, report, say_score, source_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,12 +51,12 @@ def guard(
 
     writable("--out", out)
     failures: list[str] = []
-    source, places = _source(hypotheses, failures), None if data is None else _source(data, failures)
+    source, places = source_of(hypotheses, failures), None if data is None else source_of(data, failures)
     if source is None or (data is not None and places is None):
-        return _report(failures)
+        return report(failures)
     lines = {u.id: line for u in source.utterances if (line := _line(u, hypotheses, failures))}
     at = {u.id: u for u in (*source.utterances, *(places.utterances if places else ()))}
-    recognizer = _recognizer(models, {"it": decoding} if policy == "rejoint" else {})
+    recognizer = recognizer_for(models, {"it": decoding} if policy == "rejoint" else {})
     heard = [at[id] for id, line in lines.items() if line.error is None and policy != "off"]
     if data is None and heard and not any(u.audio.is_file() for u in heard):
         print(f"no audio where paths start at {hypotheses.parent}: --data names the manifest where they start", file=sys.stderr)
@@ -70,7 +70,7 @@ def guard(
     write_hypotheses(out, done)
     if policy != "off":
         _say(suspects, list(lines.values()), done, data or hypotheses)
-    return _report(failures, done)
+    return report(failures, done)
 
 
 def _say(suspects: dict[str, Verdict], lines: list[Recognized], done: list[Recognized], corpus: Path) -> None:
@@ -83,7 +83,7 @@ def _say(suspects: dict[str, Verdict], lines: list[Recognized], done: list[Recog
     if all(isinstance(line.fields.get("text"), str) for line in done):
         for title, some in (("before: ", lines), ("after:  ", done)):
             print(title, end="", file=sys.stderr, flush=True)
-            _say_score(some, corpus)
+            say_score(some, corpus)
 
 
 def _line(utterance: Utterance, path: Path, failures: list[str]) -> Recognized | None:

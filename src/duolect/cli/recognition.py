@@ -6,57 +6,21 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from duolect.cli.checks import at_least, corpus_name, writable
+from duolect.cli.options import ModelOptions, device_of, of_one_folder, quiet, recognizer_for, report, say_score, source_of
 
 if TYPE_CHECKING:
-    from duolect.data.sources import Source
     from duolect.recognize.files import Format
-    from duolect.recognize.presets import Ingredients
-    from duolect.recognize.recognizer import Recognizer
     from duolect.scorer import Recognized
 
 
 DEMO = Path(__file__).parents[1] / "embedded" / "demo"
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which models, on what."""
-
-    am: str = "duolect-ctc"
-    """CTC acoustic model: an embedded name, a model folder, a hub id."""
-    lm: str = "smollm2-135m"
-    """Language model: an embedded name, a folder, a .gguf file, a hub id; any tokenizer."""
-    unit_lm: str = "duolect-unit-lm"
-    """Language model in the acoustic model's own labels, for label-wise fusion."""
-    aed: str = "whisper-base"
-    """Attention encoder-decoder (Whisper)."""
-    speech_llm: str = ""
-    """Speech LLM: the folder of a model that `duolect train speech_llm` made."""
-    model: str = ""
-    """A folder that is acoustic model and decoder in one (AED, speech LLM), in place of --am and --aed or --speech-llm."""
-    scales: Path | None = None
-    """A folder of scales files as `duolect tune` writes them (llm.json, unit.json, ...); default: the acoustic model's own."""
-    beam: int = 8
-    """Hypotheses kept by one-pass fusion."""
-    nbest: int = 20
-    """Hypotheses kept where nothing is fused before the end (CTC beam, rescoring)."""
-    interval: int = 20
-    """Frames between two scorings of delayed fusion."""
-    prompt: str = ""
-    """Text the language model reads before every transcript: a topic, names, a sentence in the right style."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of language and attention models; scores in bfloat16 differ by tenths of a nat."""
-    batch_seconds: float = 120.0
-    """Padded audio recognized at once; halved by itself when memory runs out."""
 
 
 def transcribe(
@@ -85,12 +49,12 @@ def transcribe(
         raise ValueError("name at least one audio file, folder or manifest")
     writable("--out", out, folder=True)
     failures: list[str] = []
-    sources = [source for path in files if (source := _source(path, failures))]
+    sources = [source for path in files if (source := source_of(path, failures))]
     if not (count := sum(len(source.utterances) for source in sources)):
-        return _report(failures)
+        return report(failures)
     if out is None and count > 1 and format in ("srt", "vtt"):
         raise ValueError(f"{count} recordings in one {format} file would be none: name a folder for a file each with --out")
-    recognizer = _recognizer(models, {"it": decoding}, word_times=format != "txt")
+    recognizer = recognizer_for(models, {"it": decoding}, word_times=format != "txt")
     folder = Transcripts(out, {**settings_of(recognizer, "it"), "format": format}) if out is not None else None
     taken: set[str] = set()
     lines: list[Recognized] = []
@@ -108,7 +72,7 @@ def transcribe(
             lines.append(result)
             if folder is None and result.error is None:
                 print(_printed(result, format, many=len(files) > 1 or count > 1), end="", flush=True)
-    return _report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
+    return report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
 
 
 def _printed(result: Recognized, format: Format, *, many: bool) -> str:
@@ -147,14 +111,14 @@ def decode(
     at_least(1, keep=keep)
     writable("--out", out)
     failures: list[str] = []
-    source = _source(data, failures)
+    source = source_of(data, failures)
     if source is None:
-        return _report(failures)
+        return report(failures)
     warn = [u.fields for u in source.utterances]
-    recognizer = _recognizer(models, {"it": decoding}, overrides=_pairs(set), word_times=words, warn=warn)
+    recognizer = recognizer_for(models, {"it": decoding}, overrides=_pairs(set), word_times=words, warn=warn)
     lines = decode_to_files(recognizer, source.utterances, {"it": out}, keep=keep)["it"]
-    _say_score(lines, data)
-    return _report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
+    say_score(lines, data)
+    return report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
 
 
 def rescore(
@@ -199,7 +163,7 @@ def rescore(
         raise ValueError(f"{hypotheses}: the hypotheses have a part {name!r} already: choose another --name")
     weights = _weights(name, scale, scales, parts, lines)
     quiet()
-    scorer = Models(device=_device(device), precision=precision).language(lm, prompt=prompt)
+    scorer = Models(device=device_of(device), precision=precision).language(lm, prompt=prompt)
     labels = labels_for(scorer.vocabulary, [h for line in lines for h in line.nbest], begun=bool(prompt.strip()))
     done = []
     for start in tqdm(range(0, len(lines), batch), unit="batch", disable=not sys.stderr.isatty()):
@@ -209,7 +173,7 @@ def rescore(
     if weights:
         done = [replace(line, nbest=tuple(ranked(line.nbest, weights))) for line in done]
     write_hypotheses(out, done)
-    _say_score(done, hypotheses)
+    say_score(done, hypotheses)
     return 0
 
 
@@ -267,14 +231,14 @@ def compare(
     at_least(1, limit=limit)
     writable("--out", out, folder=True)
     failures: list[str] = []
-    source = _source(data, failures)
+    source = source_of(data, failures)
     if source is None:
-        return _report(failures)
+        return report(failures)
     if not (utterances := [u for u in source.utterances if u.text is not None][:limit]):
         raise ValueError(f"{data}: no utterance has a transcript ('text'), so nothing can be compared; `duolect transcribe` needs none")
-    models = _of_one_folder(models)
+    models = of_one_folder(models)
     named = decodings or [name for name, preset in PRESETS.items() if preset.needs is None or getattr(models, preset.needs)]
-    recognizer = _recognizer(models, {name: name for name in named}, warn=[u.fields for u in utterances])
+    recognizer = recognizer_for(models, {name: name for name in named}, warn=[u.fields for u in utterances])
     misfits = {} if decodings else recognizer.misfits()
     recognizer = replace(recognizer, decodings={name: d for name, d in recognizer.decodings.items() if name not in misfits})
     titles = {name: PRESETS[name].title if name in PRESETS else name for name in (*recognizer.decodings, *misfits)}
@@ -295,7 +259,7 @@ def compare(
     device = recognizer.models.device
     write_json(out / "table.json", {"table": json_table(table), "left_out": misfits, "env": environment(device=device, seed=0)})
     print(f"\nwritten: {out / 'table.md'}, {out / 'table.json'}, {out / 'hypotheses'}/", file=sys.stderr)
-    return _report([*failures, *_failed(found, titles)], [r for lines in found.values() for r in lines])
+    return report([*failures, *_failed(found, titles)], [r for lines in found.values() for r in lines])
 
 
 def _failed(found: Mapping[str, Sequence[Recognized]], titles: Mapping[str, str]) -> list[str]:
@@ -306,119 +270,6 @@ def _failed(found: Mapping[str, Sequence[Recognized]], titles: Mapping[str, str]
             if r.error is not None:
                 which.setdefault(f"{r.id}: {r.error}", []).append(titles[name])
     return [cause if len(failed) == len(found) else f"{', '.join(failed)}: {cause}" for cause, failed in which.items()]
-
-
-def _recognizer(
-    options: ModelOptions,
-    decodings: Mapping[str, str],
-    *,
-    overrides: Mapping[str, str] | None = None,
-    word_times: bool = False,
-    warn: Sequence[Mapping[str, Any]] = (),
-) -> Recognizer:
-    quiet()
-    from duolect.recognize.models import Models
-    from duolect.recognize.presets import decoding_of
-    from duolect.recognize.recognizer import Recognizer
-
-    options, models = _of_one_folder(options), Models(device=_device(options.device), precision=options.precision)
-    decodings = {name: _chosen(which, options, models) for name, which in decodings.items()}
-    ingredients = _ingredients(options, models, decodings.values(), warn)
-    made = {name: decoding_of(which, ingredients, overrides) for name, which in decodings.items()}
-    return Recognizer(models, options.am, made, batch_seconds=options.batch_seconds, word_times=word_times)
-
-
-def _of_one_folder(options: ModelOptions) -> ModelOptions:
-    """The options with --model spelled out by what its folder says it is."""
-    from duolect.models.ctc import read_config
-
-    if not options.model:
-        return options
-    kind = read_config(Path(options.model)).get("type")
-    if kind not in ("ctc", "aed", "speech_llm"):
-        raise ValueError(
-            f"--model {options.model}: its config.json says type {kind}, expected ctc, aed or speech_llm: use --am, --lm, --aed"
-        )
-    decoder = {"aed": options.model} if kind == "aed" else {"speech_llm": options.model} if kind == "speech_llm" else {}
-    return replace(options, am=options.model, **decoder)
-
-
-def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
-    """The name of a decoding, `auto` replaced: both language models where the unit LM speaks the acoustic model's units."""
-    from duolect.recognize.models import place_of
-    from duolect.vocabulary import VocabularyError, load_vocabulary
-
-    if decoding != "auto":
-        return decoding
-    if options.model:
-        return "sllm+ctc-label" if options.speech_llm == options.model else "aed+ctc-label" if options.aed == options.model else "delayed"
-    try:
-        same = load_vocabulary(place_of(options.unit_lm, "language")).digest() == models.acoustic(options.am).vocabulary.digest()
-    except VocabularyError:
-        same = False
-    return "labelwise-delayed" if same else "delayed"
-
-
-def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Sequence[Mapping[str, Any]]) -> Ingredients:
-    from duolect.evaluate.tune import read_scales, same_corpus_warning
-    from duolect.recognize.presets import DEFAULT_SCALES, PRESETS, Ingredients
-
-    if min(options.beam, options.nbest) < 1:
-        raise ValueError(f"a beam of {min(options.beam, options.nbest)} holds no hypothesis: give 1 or more")
-    folder = options.scales or models.scales_folder(options.am)
-    if options.scales is not None and not options.scales.is_dir():
-        raise ValueError(
-            f"--scales {options.scales}: is no folder: name the folder of the files that `duolect tune` writes (llm.json, ...)"
-        )
-    scales = dict(DEFAULT_SCALES)
-    references = {str(f["id"]): str(f.get("text", "")) for f in warn}
-    for wanted in sorted({p.scales for name in decodings if (p := PRESETS.get(name)) and p.scales}):
-        path = folder / f"{wanted}.json" if folder else None
-        if path is not None and path.is_file():
-            tuned = read_scales(path)
-            if missing := set(DEFAULT_SCALES[wanted]) - set(tuned.scales):
-                raise ValueError(
-                    f"{path}: has scales for {', '.join(tuned.scales)}, but {wanted} needs {', '.join(missing)}: name the parts so"
-                )
-            scales[wanted] = {**DEFAULT_SCALES[wanted], **tuned.scales}
-            note = f"tuned on {tuned.corpus or path}"
-            if warning := same_corpus_warning(tuned, references=references):
-                models.say(f"warning: {path.name}: {warning}")
-        else:
-            note = f"not tuned for this pair of models: `duolect tune` writes {wanted}.json"
-        models.say(f"scales {wanted}: " + ", ".join(f"{k} {v:g}" for k, v in scales[wanted].items()) + f" ({note})")
-    names = ("lm", "unit_lm", "aed", "speech_llm", "prompt", "beam", "nbest", "interval")
-    return Ingredients(scales=scales, **{name: getattr(options, name) for name in names})
-
-
-def _source(path: Path, failures: list[str]) -> Source | None:
-    from duolect.data.sources import SourceError, open_source
-
-    try:
-        source = open_source(path)
-    except SourceError as error:
-        failures.append(str(error))
-        return None
-    failures += [str(p) for p in source.problems]
-    return source
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {name} was asked for, but torch sees no CUDA device here: use --device cpu, and see `duolect doctor`")
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def quiet() -> None:
-    """Keeps the bars and notes of transformers away, which would tear our own progress line apart."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _file_name(id: str) -> str:
@@ -440,20 +291,3 @@ def _pairs(assignments: Sequence[str]) -> dict[str, str]:
         if "=" not in text:
             raise ValueError(f"--set {text}: expected field=value, for example --set beam=16")
     return dict(text.split("=", 1) for text in assignments)
-
-
-def _say_score(lines: Sequence[Any], data: Path) -> None:
-    from duolect.evaluate.normalize import normalizer
-    from duolect.evaluate.wer import score_recognized
-
-    if lines and all(isinstance(r.fields.get("text"), str) for r in lines):
-        print(score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=corpus_name(data)), file=sys.stderr)
-
-
-def _report(failures: Sequence[str], lines: Sequence[Recognized] = ()) -> int:
-    """Exit code 1 if there are failures, which are listed; so are the warnings that lines of results carry."""
-    for warning in dict.fromkeys(str(r.fields["warning"]) for r in lines if "warning" in r.fields):
-        print(f"warning: {warning}", file=sys.stderr)
-    if failures:
-        print(f"\n{len(failures)} failed:", *failures, sep="\n  ", file=sys.stderr)
-    return 1 if failures else 0

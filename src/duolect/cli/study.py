@@ -40,7 +40,7 @@ def study(
     """
     import difflib
 
-    from duolect.cli.recognition import quiet
+    from duolect.cli.options import quiet
     from duolect.config import with_overrides
     from duolect.evaluate.table import json_table, markdown_table, plain_table
     from duolect.recipes.asr import RECIPES

@@ -44,7 +44,7 @@ def train(
     import difflib
     import json
 
-    from duolect.cli.recognition import quiet
+    from duolect.cli.options import quiet
     from duolect.config import ConfigError, diff, to_json, with_overrides
     from duolect.recipes.asr import RECIPES
     from duolect.recipes.experiment import run

@@ -1,0 +1,185 @@
+"""What commands that recognize have in common: which models, on what; sources, scores and failures for people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from duolect.cli.checks import corpus_name
+
+if TYPE_CHECKING:
+    from duolect.data.sources import Source
+    from duolect.recognize.presets import Ingredients
+    from duolect.recognize.recognizer import Recognizer
+    from duolect.scorer import Recognized
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which models, on what."""
+
+    am: str = "duolect-ctc"
+    """CTC acoustic model: an embedded name, a model folder, a hub id."""
+    lm: str = "smollm2-135m"
+    """Language model: an embedded name, a folder, a .gguf file, a hub id; any tokenizer."""
+    unit_lm: str = "duolect-unit-lm"
+    """Language model in the acoustic model's own labels, for label-wise fusion."""
+    aed: str = "whisper-base"
+    """Attention encoder-decoder (Whisper)."""
+    speech_llm: str = ""
+    """Speech LLM: the folder of a model that `duolect train speech_llm` made."""
+    model: str = ""
+    """A folder that is acoustic model and decoder in one (AED, speech LLM), in place of --am and --aed or --speech-llm."""
+    scales: Path | None = None
+    """A folder of scales files as `duolect tune` writes them (llm.json, unit.json, ...); default: the acoustic model's own."""
+    beam: int = 8
+    """Hypotheses kept by one-pass fusion."""
+    nbest: int = 20
+    """Hypotheses kept where nothing is fused before the end (CTC beam, rescoring)."""
+    interval: int = 20
+    """Frames between two scorings of delayed fusion."""
+    prompt: str = ""
+    """Text the language model reads before every transcript: a topic, names, a sentence in the right style."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of language and attention models; scores in bfloat16 differ by tenths of a nat."""
+    batch_seconds: float = 120.0
+    """Padded audio recognized at once; halved by itself when memory runs out."""
+
+
+def recognizer_for(
+    options: ModelOptions,
+    decodings: Mapping[str, str],
+    *,
+    overrides: Mapping[str, str] | None = None,
+    word_times: bool = False,
+    warn: Sequence[Mapping[str, Any]] = (),
+) -> Recognizer:
+    """A recognizer of named decodings; its scales are said. warn: lines of the corpus, in case the scales were tuned on them."""
+    quiet()
+    from duolect.recognize.models import Models
+    from duolect.recognize.presets import decoding_of
+    from duolect.recognize.recognizer import Recognizer
+
+    options, models = of_one_folder(options), Models(device=device_of(options.device), precision=options.precision)
+    decodings = {name: _chosen(which, options, models) for name, which in decodings.items()}
+    ingredients = _ingredients(options, models, decodings.values(), warn)
+    made = {name: decoding_of(which, ingredients, overrides) for name, which in decodings.items()}
+    return Recognizer(models, options.am, made, batch_seconds=options.batch_seconds, word_times=word_times)
+
+
+def of_one_folder(options: ModelOptions) -> ModelOptions:
+    """The options with --model spelled out by what its folder says it is."""
+    from duolect.models.ctc import read_config
+
+    if not options.model:
+        return options
+    kind = read_config(Path(options.model)).get("type")
+    if kind not in ("ctc", "aed", "speech_llm"):
+        raise ValueError(
+            f"--model {options.model}: its config.json says type {kind}, expected ctc, aed or speech_llm: use --am, --lm, --aed"
+        )
+    decoder = {"aed": options.model} if kind == "aed" else {"speech_llm": options.model} if kind == "speech_llm" else {}
+    return replace(options, am=options.model, **decoder)
+
+
+def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
+    """The name of a decoding, `auto` replaced: both language models where the unit LM speaks the acoustic model's units."""
+    from duolect.recognize.models import place_of
+    from duolect.vocabulary import VocabularyError, load_vocabulary
+
+    if decoding != "auto":
+        return decoding
+    if options.model:
+        return "sllm+ctc-label" if options.speech_llm == options.model else "aed+ctc-label" if options.aed == options.model else "delayed"
+    try:
+        same = load_vocabulary(place_of(options.unit_lm, "language")).digest() == models.acoustic(options.am).vocabulary.digest()
+    except VocabularyError:
+        same = False
+    return "labelwise-delayed" if same else "delayed"
+
+
+def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Sequence[Mapping[str, Any]]) -> Ingredients:
+    from duolect.evaluate.tune import read_scales, same_corpus_warning
+    from duolect.recognize.presets import DEFAULT_SCALES, PRESETS, Ingredients
+
+    if min(options.beam, options.nbest) < 1:
+        raise ValueError(f"a beam of {min(options.beam, options.nbest)} holds no hypothesis: give 1 or more")
+    folder = options.scales or models.scales_folder(options.am)
+    if options.scales is not None and not options.scales.is_dir():
+        raise ValueError(
+            f"--scales {options.scales}: is no folder: name the folder of the files that `duolect tune` writes (llm.json, ...)"
+        )
+    scales = dict(DEFAULT_SCALES)
+    references = {str(f["id"]): str(f.get("text", "")) for f in warn}
+    for wanted in sorted({p.scales for name in decodings if (p := PRESETS.get(name)) and p.scales}):
+        path = folder / f"{wanted}.json" if folder else None
+        if path is not None and path.is_file():
+            tuned = read_scales(path)
+            if missing := set(DEFAULT_SCALES[wanted]) - set(tuned.scales):
+                raise ValueError(
+                    f"{path}: has scales for {', '.join(tuned.scales)}, but {wanted} needs {', '.join(missing)}: name the parts so"
+                )
+            scales[wanted] = {**DEFAULT_SCALES[wanted], **tuned.scales}
+            note = f"tuned on {tuned.corpus or path}"
+            if warning := same_corpus_warning(tuned, references=references):
+                models.say(f"warning: {path.name}: {warning}")
+        else:
+            note = f"not tuned for this pair of models: `duolect tune` writes {wanted}.json"
+        models.say(f"scales {wanted}: " + ", ".join(f"{k} {v:g}" for k, v in scales[wanted].items()) + f" ({note})")
+    names = ("lm", "unit_lm", "aed", "speech_llm", "prompt", "beam", "nbest", "interval")
+    return Ingredients(scales=scales, **{name: getattr(options, name) for name in names})
+
+
+def source_of(path: Path, failures: list[str]) -> Source | None:
+    """The corpus of a path; None where it cannot be opened. What is wrong with it or its lines is added to failures."""
+    from duolect.data.sources import SourceError, open_source
+
+    try:
+        source = open_source(path)
+    except SourceError as error:
+        failures.append(str(error))
+        return None
+    failures += [str(p) for p in source.problems]
+    return source
+
+
+def device_of(name: str) -> str:
+    """The device of that name; `auto`: a GPU if there is one. ValueError for a GPU that is not there."""
+    import torch
+
+    if name != "auto":
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device {name} was asked for, but torch sees no CUDA device here: use --device cpu, and see `duolect doctor`")
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def quiet() -> None:
+    """Keeps the bars and notes of transformers away, which would tear our own progress line apart."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def say_score(lines: Sequence[Any], data: Path) -> None:
+    """Prints the WER of lines to standard error, where all have references."""
+    from duolect.evaluate.normalize import normalizer
+    from duolect.evaluate.wer import score_recognized
+
+    if lines and all(isinstance(r.fields.get("text"), str) for r in lines):
+        print(score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=corpus_name(data)), file=sys.stderr)
+
+
+def report(failures: Sequence[str], lines: Sequence[Recognized] = ()) -> int:
+    """Exit code 1 if there are failures, which are listed; so are the warnings that lines of results carry."""
+    for warning in dict.fromkeys(str(r.fields["warning"]) for r in lines if "warning" in r.fields):
+        print(f"warning: {warning}", file=sys.stderr)
+    if failures:
+        print(f"\n{len(failures)} failed:", *failures, sep="\n  ", file=sys.stderr)
+    return 1 if failures else 0
