@@ -26,7 +26,7 @@ from duolect.models.attention_decoder import IGNORE
 from duolect.models.conformer import ConformerDims, ConformerEncoder
 from duolect.models.ctc import CtcModel, load_acoustic_model
 from duolect.models.lm import HFCausalLM, load_language_model
-from duolect.models.lora import Lora
+from duolect.models.lora import Lora, LoraLinear
 from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims
 from duolect.models.warm_start import warm_start
 from duolect.search.fusion import Fused
@@ -187,11 +187,11 @@ def forward(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Seq
     return model(joined, torch.tensor([len(x) for x in features]), padded(labels), torch.tensor([len(x) for x in labels]))
 
 
-@pytest.mark.parametrize(("adapter", "units"), [("concat", "ctc"), ("conv", "own"), ("ctc", "own"), ("words", "own"), ("words", "ctc")])
+@pytest.mark.parametrize(("adapter", "units"), [("concat", "ctc"), ("conv", "own"), ("ctc", "own"), ("words", "own")])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_search_step_by_step_are_one_plain_forward(kind: str, how: str, adapter: str, units: str) -> None:
-    begin = {"begin": "\n"} if adapter == "words" and units == "own" else {}
+    begin = {"begin": "\n"} if adapter == "words" else {}
     model = trained(tiny(kind, adapter=ADAPTERS[adapter], units=units, **HOW[how], **PROMPTS, **begin))
     labels, eos, sounds = texts_of(model), model.vocabulary.eos, [sound_of(model, audio) for audio in AUDIOS]
     wanted = [chosen(plain(model, x, y), y, eos) for x, y in zip(sounds, labels, strict=True)]
@@ -407,7 +407,7 @@ def test_a_folder_gives_the_same_scores_and_is_whole_when_saved_again(
     assert isinstance(again, SpeechLlm) and not again.sources and again.max_seconds == 7.0
     again.save(tmp_path / "whole", card="", dtype=torch.float32)
     for folder, found in ((tmp_path / "first", again), (tmp_path / "whole", SpeechLlm.load(tmp_path / "whole"))):
-        assert not any(module.training for module in found.modules())
+        assert not any(module.training or isinstance(module, LoraLinear) for module in found.modules())
         assert found.vocabulary.digest() == model.vocabulary.digest() and found.prompts == model.prompts
         torch.testing.assert_close(scores(found, AUDIOS, labels), wanted, atol=1e-3, rtol=1e-4)
         acoustic = load_acoustic_model(folder)
@@ -461,8 +461,8 @@ def test_a_folder_of_low_rank_paths_holds_little_and_needs_its_sources(sources: 
 
 
 def test_half_precision_is_close(tmp_path: Path) -> None:
-    for how, fields in HOW.items():
-        model = trained(tiny(**fields))
+    for how in ("both ways", "merged", "cross"):
+        model = trained(tiny(**HOW[how]))
         model.save(tmp_path / how, card="", dtype=torch.float16)
         rough = SpeechLlm.load(tmp_path / how, dtype="bfloat16")
         assert rough.embeddings.weight.dtype == torch.bfloat16
@@ -474,7 +474,7 @@ def test_half_precision_is_close(tmp_path: Path) -> None:
         torch.testing.assert_close(scores(rough, AUDIOS, labels), wanted, atol=1.5, rtol=0.02)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["prefix", "cross"])
 def test_a_warm_start_takes_what_the_folder_holds(how: str, sources: dict[str, Path], tmp_path: Path) -> None:
     def fresh(**fields: Any) -> SpeechLlm:
         return tiny("qwen2", llm=sources["qwen2"], **fields, **HOW[how])
@@ -500,12 +500,12 @@ def loss_of(out: AedOutput) -> Tensor:
 
 
 LEARNING = [
-    ("all", "learn", "rest", "own", lambda name: name not in EMBEDDINGS),
-    ("all", "rest", "learn", "own", lambda name: not name.startswith("ctc.")),
-    ("lora", "lora", "rest", "own", lambda name: "ctc.head" in name or name.endswith((".up", ".down")) or is_added(name)),
-    ("lora", "rest", "rest", "ctc", lambda name: name in EMBEDDINGS or name.endswith((".up", ".down")) or is_added(name)),
-    ("nothing", "rest", "learn", "own", lambda name: name in EMBEDDINGS or is_added(name)),
-    ("nothing", "rest", "rest", "own", lambda name: is_added(name)),
+    ("llama", "all", "learn", "rest", "own", lambda name: name not in EMBEDDINGS),
+    ("gpt2", "all", "rest", "learn", "own", lambda name: not name.startswith("ctc.")),
+    ("llama", "lora", "lora", "rest", "own", lambda name: "ctc.head" in name or name.endswith((".up", ".down")) or is_added(name)),
+    ("gpt2", "lora", "rest", "rest", "ctc", lambda name: name in EMBEDDINGS or name.endswith((".up", ".down")) or is_added(name)),
+    ("llama", "nothing", "rest", "learn", "own", lambda name: name in EMBEDDINGS or is_added(name)),
+    ("gpt2", "nothing", "rest", "rest", "own", lambda name: is_added(name)),
 ]
 EMBEDDINGS = {"llm.model.embed_tokens.weight", "llm.transformer.wte.weight", "llm.lm_head.weight"}
 
@@ -514,8 +514,7 @@ def is_added(name: str) -> bool:
     return name.startswith(("adapter.", "cross."))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize(("learns", "encoder", "embeddings", "units", "expected"), LEARNING)
+@pytest.mark.parametrize(("kind", "learns", "encoder", "embeddings", "units", "expected"), LEARNING)
 def test_what_is_said_to_learn_has_gradients_under_autocast_and_nothing_else(
     kind: str, learns: str, encoder: str, embeddings: str, units: str, expected: Callable[[str], bool]
 ) -> None:

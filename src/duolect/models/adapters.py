@@ -174,7 +174,7 @@ def segments(labels: Tensor, lengths: Tensor, *, blank: int) -> tuple[Tensor, Te
     spoken = (labels != blank) & real
     spoken = spoken | (real & ~spoken.any(1, keepdim=True))
     first = spoken.clone()
-    first[:, 1:] &= (labels[:, 1:] != labels[:, :-1]) | ~spoken[:, :-1]
+    first[:, 1:] &= labels[:, 1:] != labels[:, :-1]
     number = first.cumsum(1) - 1
     return torch.where(spoken, number, -1), first.sum(1)
 
