@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -29,3 +31,19 @@ def writable(option: str, path: Path | None, *, folder: bool = False) -> None:
 def corpus_name(data: Path) -> str:
     """What a signature calls a corpus: its folder."""
     return (data if data.is_dir() else data.absolute().parent).resolve().name
+
+
+def one_of(what: str, name: str, known: Iterable[str]) -> None:
+    """Raises ValueError unless a name is a known one; the message guesses which was meant."""
+    names = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise ValueError(f"{what} {name!r} is unknown{f', is {near[0]} meant?' if near else ''}; known: {', '.join(names)}")
+
+
+def pairs(assignments: Iterable[str], *, such_as: str) -> dict[str, str]:
+    """Fields and values of `field=value` texts. Raises ValueError with an example."""
+    for text in assignments:
+        if "=" not in text:
+            raise ValueError(f"--set {text}: expected field=value, such as {such_as}")
+    return dict(text.split("=", 1) for text in assignments)

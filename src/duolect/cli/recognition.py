@@ -8,11 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from duolect.cli.checks import at_least, corpus_name, writable
+from duolect.cli.checks import at_least, corpus_name, pairs, writable
 from duolect.cli.options import ModelOptions, device_of, of_one_folder, quiet, recognizer_for, report, say_score, source_of
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def decode(
     if source is None:
         return report(failures)
     warn = [u.fields for u in source.utterances]
-    recognizer = recognizer_for(models, {"it": decoding}, overrides=_pairs(set), word_times=words, warn=warn)
+    recognizer = recognizer_for(models, {"it": decoding}, overrides=pairs(set, such_as="beam=16"), word_times=words, warn=warn)
     lines = decode_to_files(recognizer, source.utterances, {"it": out}, keep=keep)["it"]
     say_score(lines, data)
     return report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
@@ -245,12 +245,9 @@ def compare(
     notes = [f"left out: {titles[name]}: {why}" for name, why in misfits.items()]
     for note in notes:
         recognizer.models.say(note)
-    taken: set[str] = set()
-    stems = {name: _file_name(Path(name).stem if name.endswith(".json") else name) for name in recognizer.decodings}
-    files = {name: out / "hypotheses" / _free(f"{stem}.jsonl", taken) for name, stem in stems.items()}
-    found = decode_to_files(recognizer, utterances, files)
-    scoring: Any = {"normalizer": normalizer_of(normalizer), "corpus": corpus_name(data)}
-    scores = {titles[name]: score_recognized(lines, **scoring) for name, lines in found.items()}
+    found = decode_to_files(recognizer, utterances, _hypotheses_files(out / "hypotheses", list(recognizer.decodings)))
+    rule, corpus = normalizer_of(normalizer), corpus_name(data)
+    scores = {titles[name]: score_recognized(lines, normalizer=rule, corpus=corpus) for name, lines in found.items()}
     seconds = {titles[name]: sum(r.seconds for r in lines) for name, lines in found.items()}
     audio = max(sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None) for lines in found.values())
     table = rows(scores, seconds=seconds, audio_seconds=audio)
@@ -260,6 +257,13 @@ def compare(
     write_json(out / "table.json", {"table": json_table(table), "left_out": misfits, "env": environment(device=device, seed=0)})
     print(f"\nwritten: {out / 'table.md'}, {out / 'table.json'}, {out / 'hypotheses'}/", file=sys.stderr)
     return report([*failures, *_failed(found, titles)], [r for lines in found.values() for r in lines])
+
+
+def _hypotheses_files(folder: Path, decodings: Sequence[str]) -> dict[str, Path]:
+    """A file for each decoding, by its name or its file's."""
+    taken: set[str] = set()
+    stems = {name: _file_name(Path(name).stem if name.endswith(".json") else name) for name in decodings}
+    return {name: folder / _free(f"{stem}.jsonl", taken) for name, stem in stems.items()}
 
 
 def _failed(found: Mapping[str, Sequence[Recognized]], titles: Mapping[str, str]) -> list[str]:
@@ -284,10 +288,3 @@ def _free(name: str, taken: set[str]) -> str:
         free, number = free.with_stem(f"{Path(name).stem}-{number}"), number + 1
     taken.add(str(free))
     return str(free)
-
-
-def _pairs(assignments: Sequence[str]) -> dict[str, str]:
-    for text in assignments:
-        if "=" not in text:
-            raise ValueError(f"--set {text}: expected field=value, for example --set beam=16")
-    return dict(text.split("=", 1) for text in assignments)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from duolect.cli.checks import at_least, writable
+from duolect.cli.checks import at_least, one_of, pairs, writable
 
 
 def study(
@@ -38,8 +38,6 @@ def study(
         limit: Only the first so many utterances of the test set.
         device: cpu or cuda; default: a GPU if there is one.
     """
-    import difflib
-
     from duolect.cli.options import quiet
     from duolect.config import with_overrides
     from duolect.evaluate.table import json_table, markdown_table, plain_table
@@ -49,16 +47,12 @@ def study(
     from duolect.train.parallel import join
 
     quiet()
-    for what, name, known in (("table", table, TABLES), ("recipe", recipe, RECIPES)):
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"{what} {name!r} is unknown{f', is {near[0]} meant?' if near else ''}; known: {', '.join(known)}")
-    if bad := [x for x in set if "=" not in x]:
-        raise ValueError(f"--set {bad[0]}: expected field=value, such as training.seconds=600")
+    one_of("table", table, TABLES)
+    one_of("recipe", recipe, RECIPES)
     at_least(1, limit=limit)
     out = out or Path("out/study") / table
     writable("--out", out, folder=True)
-    experiment = with_overrides(RECIPES[recipe](train, dev, ""), dict(x.split("=", 1) for x in set))
+    experiment = with_overrides(RECIPES[recipe](train, dev, ""), pairs(set, such_as="training.seconds=600"))
     if experiment.llm is None:
         raise ValueError(f"recipe {recipe} has no speech LLM: the tables are of one, such as --recipe speech_llm")
     world = join("replicate", device)

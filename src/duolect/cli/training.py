@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from duolect.cli.checks import one_of, pairs
+
 
 def train(
     recipe: Positional[str],
@@ -41,25 +43,20 @@ def train(
         device: cpu or cuda; default: a GPU if there is one.
         mirror: Also write the metrics there.
     """
-    import difflib
     import json
 
     from duolect.cli.options import quiet
-    from duolect.config import ConfigError, diff, to_json, with_overrides
+    from duolect.config import diff, to_json, with_overrides
     from duolect.recipes.asr import RECIPES
     from duolect.recipes.experiment import run
     from duolect.train.parallel import join
 
     quiet()
-    if recipe not in RECIPES:
-        near = difflib.get_close_matches(recipe, RECIPES, 1)
-        raise ValueError(f"recipe {recipe!r} is unknown{f', is {near[0]} meant?' if near else ''}; known: {', '.join(RECIPES)}")
+    one_of("recipe", recipe, RECIPES)
     if recipe != "tiny" and not train:
         raise ValueError(f"{recipe} needs speech to learn from: name manifests or folders with --train")
     plain = RECIPES[recipe](train, dev, text)
-    if bad := [x for x in set if "=" not in x]:
-        raise ConfigError(f"--set {bad[0]}: expected field=value, such as training.epochs=20")
-    experiment = with_overrides(plain, dict(x.split("=", 1) for x in set))
+    experiment = with_overrides(plain, pairs(set, such_as="training.epochs=20"))
     if show:
         print(json.dumps(to_json(experiment), indent=1))
         return 0
