@@ -10,8 +10,6 @@ from duolect.config import digest
 from duolect.recipes.asr import RECIPES
 from duolect.study.tables import TABLES, Study
 
-pytest_plugins = ("tests.recognize.conftest",)
-
 
 @pytest.mark.parametrize("recipe", ["speech_llm", "loquacious_speech_llm"])
 @pytest.mark.parametrize("table", TABLES)

@@ -1,0 +1,3 @@
+from tests.recognize.conftest import zoo
+
+__all__ = ["zoo"]
