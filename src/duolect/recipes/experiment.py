@@ -123,6 +123,10 @@ def run(
         raise TrainError(f"learning_rates of {', '.join(sorted(odd))}: expected {', '.join(sorted(known))}: correct the name")
     if experiment.learning.kept_versions and experiment.training.workers:
         raise TrainError("kept_versions keeps frames in this process, worker processes would each make them again: set training.workers=0")
+    if world.sharded and experiment.llm is not None and (how := experiment.llm.dims.attention) != "prefix":
+        raise TrainError(
+            f"attention={how} uses layers of the language model outside of its forward pass, which shards cannot: leave --shard out"
+        )
     made = _encoder(experiment.encoder)  # before the folder: a wrong name leaves none
     if world.first:
         _open(experiment, out, world, command, deviations)
@@ -228,6 +232,8 @@ def _speech_llm(experiment: AsrExperiment, part: LlmPart, ctc: CtcModel, *, name
     sources = {"llm": part.model} if part.dims.pretrained and part.dims.learns != "all" else {}
     if named and isinstance(experiment.encoder, FromModel) and not (experiment.start or part.heads):
         sources["ctc"] = experiment.encoder.model
+    # A folder is found again from any other one.
+    sources = {part: str(Path(name).resolve()) if Path(name).exists() else name for part, name in sources.items()}
     return SpeechLlm(ctc, llm, vocabulary, part.dims, sources=sources)
 
 

@@ -341,8 +341,10 @@ class AsrTask(Task[Heard, AsrBatch]):
             if not isinstance(self.model, CtcModel) and number == 0 and self.learning.decoder_check:
                 few, sounds = self._readable(items[rank : self.learning.decoder_check : world])
                 found = self._attended(sounds)
-                figures[f"{name} decoder WER"] = errors([text for text, _ in found], few)
-                figures[f"{name} runaway"] = Ratio(sum(ran for _, ran in found), len(found), "percent")
+                heard = {f"{name} decoder WER": errors([text for text, _ in found], few)}
+                heard[f"{name} runaway"] = Ratio(sum(ran for _, ran in found), len(found), "percent")
+                # The first figure decides what is best, and the CTC model of a speech LLM may rest.
+                figures = {**heard, **figures} if isinstance(self.model, SpeechLlm) else {**figures, **heard}
         return figures
 
     def _check_batches(self, items: Sequence[Labelled]) -> list[list[int]]:
