@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -118,15 +119,9 @@ def save(name: str, rows: Sequence[Mapping[str, Any]], *, settings: Mapping[str,
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}{'-quick' if quick else ''}.json"
     about = machine()
-    path.write_text(
-        json.dumps(
-            {"benchmark": name, "machine": about, "settings": dict(settings), "notes": list(notes), "rows": list(rows)},
-            indent=1,
-            ensure_ascii=False,
-            default=str,
-        )
-        + "\n"
-    )
+    said = {"benchmark": name, "machine": about, "settings": dict(settings), "notes": list(notes), "rows": list(rows)}
+    text = json.dumps(said, indent=1, ensure_ascii=False, default=str)
+    path.write_text(re.sub(r"(?<![\w.])(/[\w.-]+)+/", "", text) + "\n")  # where things lie on this machine is nobody's business
     for note in notes:
         print(f"note: {note}")
     if about["load"] > (about["cores"] or 1) / 2 + about["threads"]:
