@@ -183,6 +183,14 @@ def test_a_speech_llm_on_kept_frames_goes_on_to_the_bit_and_holds_what_learned(
     assert all(torch.equal(x, source.state_dict()[name]) for name, x in model.ctc.state_dict().items())
 
 
+def test_frames_are_kept_below_resting_auxiliary_heads(data: Path, parts: dict[str, Path], tmp_path: Path) -> None:
+    vocabulary = CtcModel.load(parts["ctc"]).vocabulary
+    CtcModel.load(parts["ctc"]).with_heads({1: vocabulary}).save(tmp_path / "ctc", card="", dtype=torch.float32)
+    made = speech_llm(data, {**parts, "ctc": tmp_path / "ctc"}, encoder="rest")
+    figures = run(replace(made, learning=Learning(batch_seconds=8.0, decoder_check=3, kept_versions=1)), tmp_path / "out", world=World())
+    assert "dev ce" in figures and "dev ctc1" not in figures
+
+
 def test_a_speech_llm_whose_encoder_learns_has_its_ctc_losses(data: Path, parts: dict[str, Path], tmp_path: Path) -> None:
     low_rank = {"encoder": "lora", "encoder_lora": Lora(2, 2.0, ("query",))}
     made = speech_llm(data, parts, heads=(1,), attention="cross", adapter=AdapterDims("concat"), learns="nothing", **low_rank)

@@ -13,7 +13,7 @@ from duolect.data.sources import open_source
 from duolect.evaluate.normalize import normalizer
 from duolect.evaluate.table import Row, rows
 from duolect.evaluate.wer import score_recognized
-from duolect.recipes.experiment import AsrExperiment, FromModel, run
+from duolect.recipes.experiment import AsrExperiment, run
 from duolect.recognize.files import decode_to_files
 from duolect.recognize.models import Models
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
@@ -101,10 +101,8 @@ def measured(study: Study, out: Path, *, world: World, progress: bool = True) ->
             run(experiment, folder, world=world, frames=frames)
         model = str(folder / "model")
         names = ("ctc-greedy", *study.decodings) if not scores else study.decodings
-        # The encoder of a row is its own only where it learned.
-        acoustic = experiment.encoder.model if isinstance(experiment.encoder, FromModel) and _rests(experiment) else model
         made = {name: decoding_of(name, Ingredients(speech_llm=model)) for name in names}
-        recognizer = Recognizer(Models(device=str(world.device), say=lambda text: None), acoustic, made)
+        recognizer = Recognizer(Models(device=str(world.device), say=lambda text: None), model, made)
         files = {name: folder / "hypotheses" / f"{name}.jsonl" for name in made}
         found = {name: list(read_hypotheses(path)) for name, path in files.items() if path.is_file()}
         if any([r.id for r in found.get(name, ())] != [u.id for u in utterances] for name in files):
@@ -115,7 +113,3 @@ def measured(study: Study, out: Path, *, world: World, progress: bool = True) ->
             seconds[row] = sum(r.seconds for r in lines)
             audio = sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None)
     return rows(scores, seconds=seconds, audio_seconds=audio)
-
-
-def _rests(experiment: AsrExperiment) -> bool:
-    return experiment.llm is not None and experiment.llm.dims.encoder == "rest"

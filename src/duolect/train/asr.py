@@ -396,7 +396,7 @@ class AsrTask(Task[Heard, AsrBatch]):
 
 def _at_rest(model: Trainable) -> Encoder:
     """The encoder whose frames can be kept, because nothing below them learns. Raises TrainError where there is none."""
-    if isinstance(model, SpeechLlm) and model.dims.encoder == "rest" and not model.ctc.aux_vocabularies:
+    if isinstance(model, SpeechLlm) and model.dims.encoder == "rest":  # and with it all its CTC heads
         return model.ctc.encoder
     encoder = model.encoder if isinstance(model, CtcModel) and not model.aux_vocabularies else None
     if not isinstance(encoder, ExtendedEncoder) or any(p.requires_grad for p in encoder.base.parameters()):
