@@ -5,36 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 
-from duolect.cli import main
 from duolect.recognize.presets import PRESETS
 from duolect.recognize.recognizer import Recognizer
 from duolect.scorer import read_hypotheses
-
-
-@pytest.fixture
-def duolect(monkeypatch, capsys):
-    """Runs a command line; gives (exit code, standard output, standard error)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["duolect", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    return run
-
-
-@pytest.fixture
-def with_models(zoo):
-    return ["--am", zoo["am"], "--lm", zoo["llm"], "--unit-lm", zoo["unit"], "--device", "cpu"]
 
 
 def stopped_after(done, duolect, command, monkeypatch):

@@ -10,9 +10,6 @@ import pytest
 
 from duolect.cli import main
 from duolect.scorer import read_hypotheses
-from tests.cli.test_cli import duolect, with_models
-
-__all__ = ["duolect", "with_models"]
 
 ENDLESS = "ab " * 400
 """More labels than any recording of the corpus has frames: suspect whatever a random model hears."""

@@ -15,25 +15,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from duolect.cli import main
 from duolect.vocabulary import load_vocabulary
 
 SENTENCES = ("the cat sat on the mat", "the dog ate the cat's dinner", "another man and another woman sat on the other mat")
-
-
-@pytest.fixture
-def duolect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a command line; gives (exit code, standard output, standard error)."""
-
-    def run(*words: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["duolect", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    return run
 
 
 def corpus(folder: Path, *, utterances: int = 9, seconds: float = 0.3) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from duolect.cli import main
-
 
 @pytest.fixture
-def report(zoo: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def report(zoo: dict[str, Path], duolect):
     """Runs `duolect report attention` on the model and the first recording of the zoo; gives (exit code, stdout, stderr)."""
 
     def run(*words: object, model: Path = zoo["sllm"], audio: Path = zoo["corpus"] / "u0.wav") -> tuple[Any, str, str]:
-        command = ["duolect", "report", "attention", "--model", model, "--audio", audio, "--device", "cpu", *words]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
+        return duolect("report", "attention", "--model", model, "--audio", audio, "--device", "cpu", *words)
 
     return run
 
