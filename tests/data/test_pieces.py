@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +11,7 @@ import pytest
 
 from duolect.audio.augment import random_for
 from duolect.data import pieces as module
-from duolect.data.pieces import PiecesError, SubwordSampler, sentences, train_pieces
+from duolect.data.pieces import PiecesError, SubwordSampler, train_pieces
 from duolect.vocabulary import SentencePieceVocabulary, load_vocabulary
 
 TEXT = """the cat sat on the mat
@@ -36,19 +35,6 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceVocabul
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT)
     return train_pieces(path, pieces=44)
-
-
-def test_sources(text: Path, tmp_path: Path) -> None:
-    lines = [" ".join(line.split()) for line in TEXT.splitlines() if line]
-    assert list(sentences(text)) == lines
-    manifest = tmp_path / "manifest.jsonl"
-    manifest.write_text("".join(json.dumps({"audio_filepath": "a.wav", "text": line}) + "\n" for line in [*lines, "", None]))
-    assert list(sentences(manifest)) == list(sentences(tmp_path)) == lines
-    manifest.write_text("[1]\n")
-    (tmp_path / "latin.txt").write_bytes(b"\xe4")
-    for bad, said in ((manifest, "no line of a manifest"), (tmp_path / "none.txt", "No such file"), (tmp_path / "latin.txt", "not UTF-8")):
-        with pytest.raises(PiecesError, match=said):
-            list(sentences(bad))
 
 
 def test_pieces(vocabulary: SentencePieceVocabulary, text: Path, tmp_path: Path) -> None:

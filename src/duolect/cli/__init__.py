@@ -14,7 +14,7 @@ def main() -> None:
     """Runs `duolect <command> ...`. Exit code 0: all done; 1: some of it failed, as listed; 2: nothing could be done, as said."""
     import tyro
 
-    from duolect.cli import evaluation, guarding, maintenance, preparation, recognition, report, study, training
+    from duolect.cli import evaluation, guarding, language, maintenance, preparation, recognition, report, study, training
 
     commands = {
         "transcribe": recognition.transcribe,
@@ -29,16 +29,22 @@ def main() -> None:
         "units": preparation.units,
         "train": training.train,
         "study": study.study,
+        "lm finetune": language.finetune,
+        "lm train": language.train,
+        "lm ppl": language.ppl,
         "prior": maintenance.prior,
         "models": maintenance.models,
         "doctor": maintenance.doctor,
     }
+    words, prog = sys.argv[1:], "duolect"
+    if words[:1] == ["lm"]:
+        words, prog = words[1:], "duolect lm"
+        commands = {name.removeprefix("lm "): command for name, command in commands.items() if name.startswith("lm ")}
     try:
-        code = tyro.extras.subcommand_cli_from_dict(commands, prog="duolect", description=ABOUT, sort_subcommands=False)
+        code = tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=ABOUT, sort_subcommands=False, args=words)
     except KeyboardInterrupt:
-        words = sys.argv[1:]
         to_files = words[:1] == ["transcribe"] and any(word.split("=")[0] == "--out" for word in words)
-        goes_on = to_files or words[:1] in (["decode"], ["compare"], ["prepare"], ["train"], ["study"])
+        goes_on = to_files or words[:1] in (["decode"], ["compare"], ["prepare"], ["train"], ["study"], ["finetune"])
         print("\nduolect: stopped" + "; the same command continues what was not finished" * goes_on, file=sys.stderr)
         code = 130
     except BrokenPipeError:

@@ -79,15 +79,13 @@ def units(source: Positional[Path], /, out: Path, size: int = 1024, case: Litera
         size: Number of pieces; the blank of a CTC model comes behind them.
         case: What is made of the texts.
     """
-    from itertools import islice
-
-    from duolect.data.filter import with_case
-    from duolect.data.pieces import sentences, train_pieces
+    from duolect.data.pieces import train_pieces
+    from duolect.data.text import TextLines
 
     vocabulary = train_pieces(source, pieces=size, case=case)
     out.mkdir(parents=True, exist_ok=True)
     vocabulary.save(out)
-    texts = [with_case(text, case) for text in islice(sentences(source), 10_000)]
+    texts = TextLines(source, case=case)[:10_000]
     labels, words = sum(len(vocabulary.encode(text)) for text in texts), sum(len(text.split()) for text in texts)
     print(f"{out}: {size} pieces ({vocabulary.digest()}), {labels / max(1, words):.2f} labels per word")
     return 0

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from duolect.data.filter import Case, with_case
+from duolect.data.filter import Case
+from duolect.data.text import TextLines
 from duolect.vocabulary import SentencePieceVocabulary
 
 MOST_SENTENCES = 10_000_000  # more than these do not make other pieces, and would not fit into memory
@@ -22,26 +21,6 @@ class PiecesError(ValueError):
     """A text that no pieces of that number can be made of; one line with the next step."""
 
 
-def sentences(source: str | Path) -> Iterator[str]:
-    """The texts of a manifest (a .jsonl file, or a folder with manifest.jsonl) or the lines of a text file; blank ones left out."""
-    source = Path(source)
-    path = source / "manifest.jsonl" if source.is_dir() else source
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if path.suffix in (".jsonl", ".json"):
-                    try:
-                        line = json.loads(line).get("text") or ""
-                    except (ValueError, AttributeError) as error:
-                        raise PiecesError(f"{path}:{number}: no line of a manifest ({error}): correct or remove it") from None
-                if text := " ".join(line.split()):
-                    yield text
-    except OSError as error:
-        raise PiecesError(f"{path}: cannot be read ({error.strerror or error}): name a text file or a manifest") from error
-    except UnicodeDecodeError as error:
-        raise PiecesError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
-
-
 def train_pieces(source: str | Path, *, pieces: int, case: Case = "lower", seed: int = 0) -> SentencePieceVocabulary:
     """Unigram pieces of a text's sentences, digits apart, and a blank behind them; eos 0, bos 1, unknown 2. The same bytes every time.
 
@@ -49,15 +28,15 @@ def train_pieces(source: str | Path, *, pieces: int, case: Case = "lower", seed:
     """
     import sentencepiece
 
-    count = sum(1 for _ in sentences(source))
-    if not count:
+    texts = TextLines(source, case=case)
+    if not (count := len(texts)):
         raise PiecesError(f"{source}: has no sentence to make pieces of: name a text with one a line, or a manifest with texts")
     draw = random.Random(seed).random  # SentencePiece's own sampling gives other pieces in each process
-    chosen = (text for text in sentences(source) if count <= MOST_SENTENCES or draw() * count < MOST_SENTENCES)
+    chosen = (text for text in texts if count <= MOST_SENTENCES or draw() * count < MOST_SENTENCES)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(with_case(text, case) for text in chosen),
+            sentence_iterator=chosen,
             model_writer=model,
             vocab_size=pieces,
             model_type="unigram",

@@ -13,6 +13,8 @@ from duolect.models import ModelError
 from duolect.models.cache import Trie
 from duolect.models.ctc import read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
+from duolect.models.embedded import resolve
+from duolect.models.finetuned import KIND, load_fitted, written_of
 from duolect.models.packed import NewNodes, node_cache, packing, use_packed_attention
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, VocabularyError, load_vocabulary
 
@@ -20,8 +22,8 @@ from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary,
 class HFCausalLM(DecoderScorer):
     """log p(text labels) by a causal LM of transformers.
 
-    `prompt`: text in front of every history (context, instruction), conditioned on and not scored. Rows of the output matrix beyond the
-    vocabulary are left out of the softmax.
+    `prompt`: text in front of every history (context, instruction), conditioned on and not scored. `written`: how the words are written
+    that it was fitted to. Rows of the output matrix beyond the vocabulary are left out of the softmax.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, *, prompt: str = "") -> None:
@@ -29,6 +31,7 @@ class HFCausalLM(DecoderScorer):
         use_packed_attention(model)
         self.vocabulary = vocabulary
         self.prompt = prompt
+        self.written = written_of(model)
         self.decoder: Any = model.base_model
         with torch.no_grad():
             self.output = output_layer(model, vocabulary)
@@ -88,6 +91,8 @@ def load_language_model(
 ) -> tuple[PreTrainedModel, Vocabulary]:
     """The model of transformers of a hub id, a folder (of transformers or of ours) or a .gguf file, and its vocabulary. ModelError."""
     path = Path(name)
+    if (path / "config.json").is_file() and (config := read_config(path)).get("type") == KIND:
+        return load_fitted(path, load_language_model(resolve(config["source"]), dtype=dtype))
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     if path.suffix == ".gguf" and path.is_file():
         path, options = path.parent, {"gguf_file": path.name}

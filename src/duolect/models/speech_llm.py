@@ -31,6 +31,7 @@ from duolect.models.ctc import CtcModel, Heads, load_weights, read_config, save_
 from duolect.models.decoder import DecoderScorer
 from duolect.models.embedded import resolve
 from duolect.models.encoders import frame_mask
+from duolect.models.finetuned import let_learn
 from duolect.models.lm import HFCausalLM, load_language_model, output_layer
 from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
 from duolect.models.packed import NewNodes, node_cache, packing
@@ -425,12 +426,5 @@ def _let_learn(ctc: CtcModel, llm: PreTrainedModel, dims: SpeechLlmDims) -> None
         ctc.requires_grad_(False)
     elif dims.encoder == "lora":
         add_lora(ctc.encoder, dims.encoder_lora)
-    embeddings: Any = llm.get_input_embeddings()
-    head: Any = llm.get_output_embeddings()
-    llm.requires_grad_(dims.learns == "all")
-    if dims.learns == "lora":
-        add_lora(llm.base_model, dims.lora)  # the output matrix stays one
     # New matrices know nothing yet, whatever else rests.
-    learn = dims.embeddings == "learn" or dims.units == "ctc"
-    for module in (embeddings, head):
-        module.weight.requires_grad_(learn)
+    let_learn(llm, dims.learns, dims.lora, embeddings=dims.embeddings == "learn" or dims.units == "ctc")

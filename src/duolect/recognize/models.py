@@ -117,7 +117,7 @@ def _kind(place: str) -> str | None:
         return "acoustic"
     if config.get("is_encoder_decoder") or config.get("model_type") == "whisper":
         return "attention"
-    return "language" if "ForCausalLM" in heads or "LMHead" in heads else None
+    return "language" if config.get("type") == "language" or "ForCausalLM" in heads or "LMHead" in heads else None
 
 
 def _require_hub(name: str) -> None:

@@ -54,17 +54,28 @@ def labels_for(
 
 def rescored(nbest: Sequence[Sequence[Hypothesis]], *, name: str, scorer: Scorer[Any], labels: LabelsOf) -> list[list[Hypothesis]]:
     """The same lists with the part `name`: log p(labels eos) of each hypothesis. One list per utterance, in the scorer's order of rows."""
-    state = scorer.start(len(nbest))
-    rows = torch.tensor([b for b, hypotheses in enumerate(nbest) for _ in hypotheses], dtype=torch.long)
+    found = label_scores(scorer, [[labels(h) for h in hypotheses] for hypotheses in nbest])
+    return [[replace(h, parts={**h.parts, name: score}) for h, score in zip(*pair, strict=True)] for pair in zip(nbest, found, strict=True)]
+
+
+def label_scores(scorer: Scorer[Any], lists: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+    """log p(labels eos) of each label sequence of each utterance, in the scorer's order of rows."""
+    state = scorer.start(len(lists))
+    rows = torch.tensor([b for b, sequences in enumerate(lists) for _ in sequences], dtype=torch.long)
     if not len(rows):
-        return [[] for _ in nbest]
-    chunks = [list(labels(h)) for hypotheses in nbest for h in hypotheses]
+        return [[] for _ in lists]
+    chunks = [torch.tensor(list(x), dtype=torch.long) for sequences in lists for x in sequences]
     lengths = torch.tensor([len(c) for c in chunks])
-    width = int(lengths.max())
-    padded = torch.tensor([c + [0] * (width - len(c)) for c in chunks], dtype=torch.long).view(len(chunks), width)
+    padded = torch.nn.utils.rnn.pad_sequence(chunks, batch_first=True)
     score, state = scorer.advance(scorer.select(state, rows), padded, lengths)
     total = iter((score + scorer.finish(state)).tolist())
-    return [[replace(h, parts={**h.parts, name: next(total)}) for h in hypotheses] for hypotheses in nbest]
+    return [[next(total) for _ in sequences] for sequences in lists]
+
+
+def text_scores(scorer: Scorer[Any], texts: Sequence[str], *, begun: bool = False) -> list[tuple[float, int]]:
+    """(log p(text eos), its labels, eos included) of each text as the scorer's vocabulary writes it; begun: text precedes it."""
+    labels = [scorer.vocabulary.encode((" " if begun else "") + text) for text in texts]
+    return [(score, len(x) + 1) for (score,), x in zip(label_scores(scorer, [[x] for x in labels]), labels, strict=True)]
 
 
 def ranked(hypotheses: Sequence[Hypothesis], scales: Mapping[str, float]) -> list[Hypothesis]:

@@ -1,0 +1,174 @@
+"""lm: language models fitted to texts, trained from scratch, and how well they predict."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from duolect.cli.checks import at_least, pairs, writable
+
+if TYPE_CHECKING:
+    from duolect.recipes.language import LmExperiment
+
+Set = Annotated[
+    tuple[str, ...], arg(help="Deviations from the recipe: field=value ..., such as training.epochs=5; --show names the fields.")
+]
+
+
+def finetune(
+    llm: Positional[str],
+    text: tuple[str, ...],
+    check: tuple[str, ...] = (),
+    out: Path = Path("runs/lm"),
+    units: str = "",
+    learns: Literal["all", "lora", "nothing"] = "all",
+    case: Literal["lower", "upper", "keep"] = "lower",
+    set: Set = (),
+    device: str | None = None,
+    shard: Annotated[bool, arg(help="Cut the model over the processes (FSDP2) instead of copying it.")] = False,
+    mirror: Literal["", "tensorboard", "wandb", "trackio"] = "",
+    show: Annotated[bool, arg(help="Print the resolved experiment and stop.")] = False,
+) -> int:
+    """Fits a causal language model to transcripts or any text; the same command goes on where it stopped.
+
+    Example: duolect lm finetune smollm2-135m --text train.txt --check dev.txt --learns lora --set training.learning_rates.llm=3e-4
+
+    Example: duolect lm finetune Qwen/Qwen2-0.5B --text train.txt --units my-ctc-model/ --out runs/qwen-in-my-units
+
+    Args:
+        llm: An embedded name, folder, .gguf file or hub id.
+        text: What it learns from: text files with a sentence a line, manifests.
+        check: Validation texts; the first decides which weights are best.
+        out: Run folder; the language model lies in its folder model, for --lm.
+        units: CTC model whose SentencePiece units the model gets, with new embeddings; default: its own tokenizer's.
+        learns: All of it, low-rank paths, or nothing but new embeddings.
+        case: What is made of the texts: they should look as transcripts do.
+        device: cpu or cuda; default: a GPU if there is one.
+        mirror: Also write the metrics there.
+    """
+    from dataclasses import replace
+
+    from duolect.recipes.language import finetune as recipe
+
+    plain = recipe(llm, text, check, units)
+    return _run(replace(plain, case=case, dims=replace(plain.dims, learns=learns)), out, set, device, shard, mirror, show)
+
+
+def train(
+    text: tuple[str, ...],
+    check: tuple[str, ...] = (),
+    out: Path = Path("runs/lm"),
+    units: str = "duolect-ctc",
+    case: Literal["lower", "upper", "keep"] = "lower",
+    set: Set = (),
+    device: str | None = None,
+    shard: Annotated[bool, arg(help="Cut the model over the processes (FSDP2) instead of copying it.")] = False,
+    mirror: Literal["", "tensorboard", "wandb", "trackio"] = "",
+    show: Annotated[bool, arg(help="Print the resolved experiment and stop.")] = False,
+) -> int:
+    """Trains a Transformer language model from scratch in the units of a CTC model, for label-wise fusion.
+
+    Example: duolect lm train --text train.txt --check dev.txt --units my-ctc-model/ --set model.layers=6 model.dim=512 model.heads=8
+
+    Args:
+        text: What it learns from: text files with a sentence a line, manifests.
+        check: Validation texts; the first decides which weights are best.
+        out: Run folder; the language model lies in its folder model, for --lm.
+        units: CTC model whose SentencePiece units it has.
+        case: What is made of the texts: they should look as transcripts do.
+        device: cpu or cuda; default: a GPU if there is one.
+        mirror: Also write the metrics there.
+    """
+    from dataclasses import replace
+
+    from duolect.recipes.language import scratch
+
+    return _run(replace(scratch(text, check, units), case=case), out, set, device, shard, mirror, show)
+
+
+def _run(plain: LmExperiment, out: Path, set: tuple[str, ...], device: str | None, shard: bool, mirror: str, show: bool) -> int:
+    import json
+
+    from duolect.cli.options import quiet
+    from duolect.config import diff, to_json, with_overrides
+    from duolect.recipes.language import run
+    from duolect.train.parallel import join
+
+    quiet()
+    experiment = with_overrides(plain, pairs(set, such_as="training.epochs=5"))
+    if show:
+        print(json.dumps(to_json(experiment), indent=1))
+        return 0
+    writable("--out", out, folder=True)
+    world = join("shard" if shard else "replicate", device)
+    figures = run(experiment, out, world=world, mirror=mirror, deviations=diff(plain, experiment))
+    if world.first:
+        print(f"{out / 'model'}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    return 0
+
+
+def ppl(
+    lm: tuple[str, ...],
+    text: tuple[Path, ...],
+    by: str = "domain",
+    prompt: str = "",
+    limit: int | None = None,
+    batch: int = 16,
+    device: str = "auto",
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    json: Path | None = None,
+) -> int:
+    """Perplexity per label and per word (which compares models of unlike units), with 95% intervals, by text and domain.
+
+    Example: duolect lm ppl --lm smollm2-135m runs/lm/model duolect-unit-lm --text dev.txt dev/manifest.jsonl
+
+    Args:
+        lm: Language models: anything that --lm takes elsewhere.
+        text: Text files with a sentence a line, manifests.
+        by: Field of a manifest's lines whose values get rows of their own.
+        prompt: Text read before every sentence.
+        limit: At most so many sentences of each text, evenly spread.
+        batch: Sentences scored at once.
+        device: auto, cpu, cuda, ...
+        precision: Of the language models.
+        json: Also write everything to this file.
+    """
+    from tqdm import tqdm
+
+    from duolect.cli.options import device_of, quiet
+    from duolect.data.text import TextLines
+    from duolect.evaluate.perplexity import Scored, json_rows, perplexities, plain_rows
+    from duolect.recognize.decoding import WRITTEN
+    from duolect.recognize.models import Models
+    from duolect.run import write_json
+    from duolect.search.rescore import text_scores
+
+    at_least(1, limit=limit, batch=batch)
+    writable("--json", json)
+    quiet()
+    models = Models(device=device_of(device), precision=precision)
+    sources = {str(path): TextLines(path) for path in text}
+    rows = []
+    for name in lm:
+        scorer = models.language(name, prompt=prompt)
+        policy = WRITTEN[scorer.written]
+        for path, lines in sources.items():
+            chosen = range(len(lines))[:: max(1, -(-len(lines) // limit) if limit else 1)]
+            scored: list[Scored] = []
+            title = f"{name} on {Path(path).name}"
+            for start in tqdm(range(0, len(chosen), batch), desc=title, unit="batch", disable=not sys.stderr.isatty()):
+                some = [lines.fields(i) for i in chosen[start : start + batch]]
+                written = [policy.text(x["text"]) for x in some]
+                for fields, said, (score, labels) in zip(
+                    some, written, text_scores(scorer, written, begun=bool(prompt.strip())), strict=True
+                ):
+                    domain = str(fields[by]) if by in fields else ""
+                    scored.append(Scored(domain, -score, labels, len(said.split()) + 1))
+            rows += perplexities(scored, model=name, text=path)
+    print(plain_rows(rows))
+    if json is not None:
+        write_json(json, json_rows(rows))
+    return 0

@@ -1,0 +1,96 @@
+"""Texts to learn from and to score: a sentence a line, or the transcripts of a manifest, of any size."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from duolect.data.filter import Case, with_case
+
+_BLOCK = 1 << 24
+
+
+class TextError(ValueError):
+    """A text cannot be read; the message names file, line and the next step."""
+
+
+class TextLines(Sequence[str]):
+    """The sentences of a text file (one a line) or the texts of a manifest (.jsonl, or a folder with manifest.jsonl), blank ones left out.
+
+    Only where the lines begin is in memory, 16 bytes a line, so a file may be larger than it. case: what is made of each text; white
+    space becomes single spaces. Raises TextError.
+    """
+
+    def __init__(self, source: str | Path, *, case: Case = "keep") -> None:
+        source = Path(source)
+        self.path, self.case = source / "manifest.jsonl" if source.is_dir() else source, case
+        self.is_manifest = self.path.suffix in (".jsonl", ".json")
+        try:
+            self._starts, self._ends = _lines(self.path)
+        except OSError as error:
+            raise TextError(f"{self.path}: cannot be read ({error.strerror or error}): name a text file or a manifest") from error
+        except UnicodeDecodeError as error:
+            raise TextError(f"{self.path}: is not UTF-8 ({error.reason}): unpack it, or save it as UTF-8") from error
+        if self.is_manifest:  # a torn line is found now and not in the middle of a training
+            kept = [i for i in range(len(self._starts)) if self.fields(i).get("text", "").split()]
+            self._starts, self._ends = self._starts[kept], self._ends[kept]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return with_case(" ".join(self.fields(index)["text"].split()), self.case)
+
+    def fields(self, index: int) -> dict[str, Any]:
+        """The manifest's line, or {"text": the line}."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.path} has {len(self)} sentences, asked for number {index}")
+        with open(self.path, "rb") as file:
+            file.seek(start := int(self._starts[index]))
+            line = file.read(int(self._ends[index]) - start).decode("utf-8")
+        if not self.is_manifest:
+            return {"text": line}
+        try:
+            found: dict[str, Any] = json.loads(line)
+            return {**found, "text": found.get("text") or ""}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise TextError(f"{self.path}: {line[:60]!r} is no line of a manifest ({error}): correct or remove it") from None
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[N] int64 bytes of each line."""
+        return self._ends - self._starts
+
+
+def _lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(where each line that is not blank begins, where it ends), in bytes; every byte is checked to be UTF-8."""
+    check = codecs.getincrementaldecoder("utf-8")()
+    ends: list[np.ndarray] = []
+    full: list[np.ndarray] = []  # whether anything but white space lies between two ends
+    begin, solid = 0, False
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            check.decode(block)
+            data = np.frombuffer(block, np.uint8)
+            at = np.flatnonzero(data == 10)
+            count = np.add.reduceat(data > 32, np.concatenate([[0], at])) if len(data) else np.zeros(1)
+            count[0] += solid
+            ends.append(at + begin)
+            full.append(count[:-1] > 0)
+            begin, solid = begin + len(block), bool(count[-1])
+    check.decode(b"", final=True)
+    end = np.concatenate([*ends, np.array([begin] if solid else [], np.int64)]).astype(np.int64)
+    keep = np.concatenate([*full, np.array([True] if solid else [], bool)]).astype(bool)
+    start = np.concatenate([[0], end[:-1] + 1]).astype(np.int64)[: len(end)]
+    return start[keep], end[keep]

@@ -1,0 +1,159 @@
+"""Language models learn the next label of sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from duolect.data.batching import dealt, shuffled_batches
+from duolect.data.pieces import SubwordSampler
+from duolect.data.text import TextLines
+from duolect.models.lm import output_layer
+from duolect.train.task import Batch, Place, Ratio, Task
+from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
+
+IGNORED = -100  # labels of padding
+_MEASURED = 1 << 25  # bytes of text whose labels are counted; of more, the lengths are estimated from the bytes
+
+
+@dataclass(frozen=True)
+class TextLearning:
+    """Batches of sentences. batch_labels: padded labels of an update. longest: sentences of more labels are cut there, without an end.
+
+    sampling: alpha of segmentations drawn anew each time, for SentencePiece units (see SubwordSampler). checked: sentences of each
+    validation text, evenly spread.
+    """
+
+    batch_labels: int = 1800
+    longest: int = 400
+    sampling: float | None = None
+    checked: int = 300
+
+
+@dataclass(frozen=True)
+class Sentences(Batch):
+    """Labels [B, L] after bos, and up to eos; targets of padding are IGNORED."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"nats": int((self.targets != IGNORED).sum())}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"inputs": self.inputs, "targets": self.targets}
+
+    def on(self, device: torch.device) -> Sentences:
+        return Sentences(self.inputs.to(device), self.targets.to(device))
+
+
+class Saver(Protocol):
+    """Writes a model folder of a state dict and a note."""
+
+    def __call__(self, folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None: ...
+
+
+class LmTask(Task[int, Sentences]):
+    """Next-label prediction of sentences, each after bos and up to eos.
+
+    corpora: texts, and how often each is read in an epoch. checks: validation texts by name. New embeddings learn at the rate
+    `embeddings`, all else at `llm`.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocabulary: Vocabulary,
+        learning: TextLearning,
+        corpora: Sequence[tuple[TextLines, int]],
+        checks: Mapping[str, TextLines],
+        *,
+        seed: int,
+        save: Saver,
+    ) -> None:
+        self.model, self.vocabulary, self.learning, self.seed, self.checks = model, vocabulary, learning, seed, checks
+        self.texts = [lines for lines, times in corpora for _ in range(times)]
+        self.begins = np.cumsum([0, *map(len, self.texts)])  # item numbers run through the texts
+        counted = {id(lines): np.minimum(self._lengths(lines), learning.longest) + 1.0 for lines, _ in corpora}
+        self.sizes: list[float] = np.concatenate([counted[id(lines)] for lines in self.texts]).tolist()
+        self.sampler = None
+        if learning.sampling is not None:
+            if not isinstance(vocabulary, SentencePieceVocabulary):
+                raise ValueError("sampling draws SentencePiece segmentations, and the units are none: set learning.sampling=null")
+            self.sampler = SubwordSampler(vocabulary, alpha=learning.sampling)
+        self._save = save
+
+    def _lengths(self, lines: TextLines) -> np.ndarray:
+        """[N] labels of each sentence, of large texts estimated."""
+        whole = int(lines.sizes.sum()) <= _MEASURED
+        some = range(len(lines)) if whole else np.linspace(0, len(lines) - 1, 2000).astype(int).tolist()
+        counted = np.array([len(self.vocabulary.encode(lines[i])) for i in some], np.float64)
+        return counted if whole else lines.sizes * (counted.sum() / lines.sizes[list(some)].sum())
+
+    def groups(self) -> Mapping[str, nn.Module]:
+        head: Any = self.model.get_output_embeddings()
+        return {"embeddings": nn.ModuleList([self.model.get_input_embeddings(), head]), "llm": self.model}
+
+    def plan(self, epoch: int, parts: int) -> Sequence[Sequence[tuple[int, ...]]]:
+        batch = float(self.learning.batch_labels)
+        batches = shuffled_batches(self.sizes, batch_seconds=batch, seed=self.seed, epoch=epoch, at_least=min(parts, len(self.sizes)))
+        return [dealt(batch, parts=parts) for batch in batches]
+
+    def load(self, items: Sequence[int], place: Place) -> Sentences | None:
+        return self._batch([self._labels(item, place) for item in items])
+
+    def _text(self, item: int) -> str:
+        number = int(np.searchsorted(self.begins, item, side="right")) - 1
+        return self.texts[number][item - int(self.begins[number])]
+
+    def _labels(self, item: int, place: Place) -> list[int]:
+        if self.sampler is None:
+            return self.vocabulary.encode(self._text(item))
+        return self.sampler.sample(self._text(item), np.random.default_rng([self.seed, place.epoch, item]))
+
+    def _batch(self, sentences: Sequence[list[int]]) -> Sentences:
+        bos, eos, longest = self.vocabulary.bos, self.vocabulary.eos, self.learning.longest
+        ended = [[*x, eos][: longest + 1] for x in sentences]
+        inputs = nn.utils.rnn.pad_sequence([torch.tensor([bos, *x[:-1]]) for x in ended], batch_first=True, padding_value=eos)
+        targets = nn.utils.rnn.pad_sequence([torch.tensor(x) for x in ended], batch_first=True, padding_value=IGNORED)
+        return Sentences(inputs, targets)
+
+    def losses(self, batch: Sentences) -> Mapping[str, Tensor]:
+        # Padding lies behind what counts, so causal attention needs no mask; and no logits are made of it.
+        decoder: Any = self.model.base_model
+        hidden = decoder(input_ids=batch.inputs, use_cache=False).last_hidden_state[batch.targets != IGNORED]
+        logits = output_layer(self.model, self.vocabulary)(hidden)
+        return {"nats": F.cross_entropy(logits, batch.targets[batch.targets != IGNORED], reduction="sum")}
+
+    def validate(self, rank: int, world: int) -> Mapping[str, Ratio]:
+        found: dict[str, Ratio] = {}
+        for name, lines in self.checks.items():
+            step = max(1, len(lines) // self.learning.checked)
+            mine = lines[::step][: self.learning.checked][rank::world]
+            nats, labels = 0.0, 0
+            for start in range(0, len(mine), 16):
+                batch = self._batch([self.vocabulary.encode(x) for x in mine[start : start + 16]])
+                nats, labels = nats + float(self.losses(batch.on(self.model.device))["nats"]), labels + batch.counts["nats"]
+            # The end counts as a word, as it counts as a label.
+            found |= {
+                f"{name} word PPL": Ratio(nats, sum(len(x.split()) + 1 for x in mine), "exp"),
+                f"{name} label PPL": Ratio(nats, labels, "exp"),
+            }
+        return found
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None:
+        self._save(folder, weights, note=note)
+
+    def name_of(self, item: int) -> str:
+        return f"{self._text(item)[:40]!r}"
