@@ -32,7 +32,6 @@ from duolect.models.lora import Lora
 from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims, Trainable
 from duolect.recipes.asr import RECIPES
 from duolect.recipes.experiment import AsrExperiment, FromModel, FromWhisper, LlmPart, Units, run
-from duolect.recipes.unit_lm import UnitLm, unit_lm
 from duolect.run import RunError
 from duolect.train.asr import AsrTask, Corpus, Learning
 from duolect.train.checkpoint import TrainError
@@ -40,7 +39,7 @@ from duolect.train.loop import TrainConfig
 from duolect.train.optim import WarmUp
 from duolect.train.parallel import World
 from duolect.train.task import Place
-from duolect.vocabulary import SentencePieceVocabulary, load_vocabulary
+from duolect.vocabulary import SentencePieceVocabulary
 from tests.models.test_encoders import tiny_whisper
 from tests.models.test_speech_llm import tokenizer, write_llm
 
@@ -314,22 +313,6 @@ def test_segmentations_are_drawn_anew_each_epoch(data: Path, tmp_path: Path) -> 
 
 def _units(data: Path, tmp_path: Path) -> SentencePieceVocabulary:
     return train_pieces(data / "text.txt", pieces=PIECES)
-
-
-def test_a_unit_lm(data: Path, tmp_path: Path) -> None:
-    units = tmp_path / "units"
-    units.mkdir()
-    _units(data, tmp_path).save(units)
-    text = data / "text.txt"
-    lm = unit_lm(
-        UnitLm(dim=16, layers=1, heads=1, feed_forward=16, train=replace(QUICK, learning_rates={"model": 1e-3})),
-        units=units,
-        text=text,
-        heldout=text,
-        out=tmp_path / "lm",
-    )
-    assert lm.keys() == {"unit PPL", "word PPL"} and 1 < lm["unit PPL"] < 2 * PIECES
-    assert load_vocabulary(tmp_path / "lm" / "model").size == PIECES
 
 
 def test_equal_ids_of_two_corpora_are_two_recordings(data: Path, tmp_path: Path) -> None:

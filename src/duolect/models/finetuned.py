@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -82,8 +83,9 @@ def save_fitted(
     written: Written,
     card: str,
     source: str = "",
+    dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Writes a folder that loads as a language model; weights: a state dict of `llm`.
+    """Writes a folder that loads as a language model; weights: a state dict of `llm`, saved in `dtype`.
 
     Where all of it learned: a folder of transformers, with vocabulary.json. Else what learned alone, and the name of the model that it
     was added to, `source`.
@@ -100,7 +102,7 @@ def save_fitted(
         config = {"type": KIND, "source": source, "dims": to_json(dims), "written": written, "vocabulary": vocabulary.digest()}
     if dims.learns == "all" or not isinstance(vocabulary, TokenizerVocabulary):  # a tokenizer comes with the source
         vocabulary.save(folder)
-    save_model(folder, json.loads(json.dumps(config, default=str)), kept, card=card)
+    save_model(folder, json.loads(json.dumps(config, default=str)), kept, card=card, dtype=dtype)
 
 
 def load_fitted(folder: Path, source: tuple[PreTrainedModel, Vocabulary]) -> tuple[PreTrainedModel, Vocabulary]:

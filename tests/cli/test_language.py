@@ -1,0 +1,47 @@
+"""duolect lm finetune, train, ppl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.models.test_finetuned import sources
+from tests.models.test_speech_llm import TEXTS
+from tests.recipes.test_language import text, units
+
+__all__ = ["sources", "text", "units"]
+
+
+def test_the_command_line(text: Path, units: Path, sources: dict[str, Path], tmp_path: Path, duolect) -> None:
+    quick = ["training.epochs=null", "training.steps=2", "training.precision=fp32", "training.schedule.steps=1", "learning.checked=4"]
+    common = ["--text", text, "--check", text, "--set", *quick]
+    code, out, err = duolect(
+        "lm", "finetune", sources["qwen2"], *common, "dims.lora.targets=q_proj,v_proj", "--learns", "lora", "--out", tmp_path / "a"
+    )
+    assert code == 0 and "text word PPL" in out, err
+    code, out, err = duolect("lm", "train", *common, "model.dim=16", "model.heads=1", "--units", units, "--out", tmp_path / "b")
+    assert code == 0 and "text word PPL" in out, err
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps({"text": x.upper(), "domain": d}) + "\n" for x, d in zip(TEXTS, "aabb" * 40, strict=False)))
+    code, out, err = duolect(
+        "lm",
+        "ppl",
+        "--lm",
+        tmp_path / "a/model",
+        tmp_path / "b/model",
+        "--text",
+        text,
+        manifest,
+        "--json",
+        tmp_path / "p.json",
+        "--limit",
+        12,
+    )
+    rows = json.loads((tmp_path / "p.json").read_text())
+    assert code == 0 and [r["domain"] for r in rows] == ["all", "all", "a", "b"] * 2, err
+    assert all(r["word_interval"]["low"] <= r["word_ppl"] <= r["word_interval"]["high"] for r in rows if r["word_interval"])
+    assert rows[0]["word_ppl"] != rows[4]["word_ppl"] and f"{rows[0]['word_ppl']:.1f}" in out
+    assert duolect("lm", "finetune", sources["qwen2"], "--text", tmp_path / "none.txt")[::2] == (
+        2,
+        f"duolect: {tmp_path / 'none.txt'}: cannot be read (No such file or directory): name a text file or a manifest\n",
+    )
