@@ -22,7 +22,7 @@ from duolect.vocabulary import Vocabulary
 from tests.conftest import sentence_pieces
 from tests.models.test_speech_llm import TEXTS, tokenizer, write_llm
 
-LORA = {"llama": Lora(4, targets=("q_proj", "down_proj")), "qwen2": Lora(4), "gpt2": Lora(4, targets=("c_attn",))}
+LORA = {"llama": Lora(4, targets=("q_proj", "down_proj")), "qwen2": Lora(4), "gpt2": Lora(4, targets=())}
 SAID = ["ab abba", "ba", "bab ab ab"]
 PIECES = sentence_pieces(TEXTS * 5, size=14)
 

@@ -30,7 +30,7 @@ __all__ = ["sources"]
 QUICK = TrainConfig(
     {"llm": 3e-3, "embeddings": 3e-3}, steps=6, schedule=WarmUp(2), log_every=2, validate_every=3, save_every=2, keep_best=2
 )
-GOLDEN = {"finetune": "d271ce48a6", "scratch": "809769b647"}
+GOLDEN = {"finetune": "387e8752e4", "scratch": "14457ada73"}
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from duolect.cli.checks import at_least, pairs, writable
-
-if TYPE_CHECKING:
-    from duolect.recipes.language import LmExperiment
-
-Set = Annotated[
-    tuple[str, ...], arg(help="Deviations from the recipe: field=value ..., such as training.epochs=5; --show names the fields.")
-]
+from duolect.cli.checks import at_least, writable
+from duolect.cli.training import RunOptions, trained
 
 
 def finetune(
@@ -26,15 +20,11 @@ def finetune(
     units: str = "",
     learns: Literal["all", "lora", "nothing"] = "all",
     case: Literal["lower", "upper", "keep"] = "lower",
-    set: Set = (),
-    device: str | None = None,
-    shard: Annotated[bool, arg(help="Cut the model over the processes (FSDP2) instead of copying it.")] = False,
-    mirror: Literal["", "tensorboard", "wandb", "trackio"] = "",
-    show: Annotated[bool, arg(help="Print the resolved experiment and stop.")] = False,
+    options: Annotated[RunOptions, arg(name="")] = RunOptions(),
 ) -> int:
     """Fits a causal language model to transcripts or any text; the same command goes on where it stopped.
 
-    Example: duolect lm finetune smollm2-135m --text train.txt --check dev.txt --learns lora --set training.learning_rates.llm=3e-4
+    Example: duolect lm finetune smollm2-135m --text train.txt --check dev.txt --learns lora
 
     Example: duolect lm finetune Qwen/Qwen2-0.5B --text train.txt --units my-ctc-model/ --out runs/qwen-in-my-units
 
@@ -46,15 +36,14 @@ def finetune(
         units: CTC model whose SentencePiece units the model gets, with new embeddings; default: its own tokenizer's.
         learns: All of it, low-rank paths, or nothing but new embeddings.
         case: What is made of the texts: they should look as transcripts do.
-        device: cpu or cuda; default: a GPU if there is one.
-        mirror: Also write the metrics there.
+        options: Training.
     """
     from dataclasses import replace
 
     from duolect.recipes.language import finetune as recipe
+    from duolect.recipes.language import run
 
-    plain = recipe(llm, text, check, units)
-    return _run(replace(plain, case=case, dims=replace(plain.dims, learns=learns)), out, set, device, shard, mirror, show)
+    return trained(replace(recipe(llm, text, check, units, learns), case=case), run, out, options)
 
 
 def train(
@@ -63,11 +52,7 @@ def train(
     out: Path = Path("runs/lm"),
     units: str = "duolect-ctc",
     case: Literal["lower", "upper", "keep"] = "lower",
-    set: Set = (),
-    device: str | None = None,
-    shard: Annotated[bool, arg(help="Cut the model over the processes (FSDP2) instead of copying it.")] = False,
-    mirror: Literal["", "tensorboard", "wandb", "trackio"] = "",
-    show: Annotated[bool, arg(help="Print the resolved experiment and stop.")] = False,
+    options: Annotated[RunOptions, arg(name="")] = RunOptions(),
 ) -> int:
     """Trains a Transformer language model from scratch in the units of a CTC model, for label-wise fusion.
 
@@ -79,35 +64,13 @@ def train(
         out: Run folder; the language model lies in its folder model, for --lm.
         units: CTC model whose SentencePiece units it has.
         case: What is made of the texts: they should look as transcripts do.
-        device: cpu or cuda; default: a GPU if there is one.
-        mirror: Also write the metrics there.
+        options: Training.
     """
     from dataclasses import replace
 
-    from duolect.recipes.language import scratch
+    from duolect.recipes.language import run, scratch
 
-    return _run(replace(scratch(text, check, units), case=case), out, set, device, shard, mirror, show)
-
-
-def _run(plain: LmExperiment, out: Path, set: tuple[str, ...], device: str | None, shard: bool, mirror: str, show: bool) -> int:
-    import json
-
-    from duolect.cli.options import quiet
-    from duolect.config import diff, to_json, with_overrides
-    from duolect.recipes.language import run
-    from duolect.train.parallel import join
-
-    quiet()
-    experiment = with_overrides(plain, pairs(set, such_as="training.epochs=5"))
-    if show:
-        print(json.dumps(to_json(experiment), indent=1))
-        return 0
-    writable("--out", out, folder=True)
-    world = join("shard" if shard else "replicate", device)
-    figures = run(experiment, out, world=world, mirror=mirror, deviations=diff(plain, experiment))
-    if world.first:
-        print(f"{out / 'model'}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
-    return 0
+    return trained(replace(scratch(text, check, units), case=case), run, out, options)
 
 
 def ppl(

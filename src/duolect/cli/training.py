@@ -1,13 +1,34 @@
-"""train: acoustic models and speech LLMs by recipe."""
+"""train: acoustic models and speech LLMs by recipe; what all commands that train have in common."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from duolect.cli.checks import one_of, pairs
+from duolect.cli.checks import one_of, pairs, writable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a training runs."""
+
+    set: Annotated[
+        tuple[str, ...], arg(help="Deviations from the recipe: field=value ..., such as training.epochs=20; --show names the fields.")
+    ] = ()
+    device: str | None = None
+    """cpu or cuda; default: a GPU if there is one."""
+    shard: bool = False
+    """Cut the model over the processes (FSDP2) instead of copying it."""
+    mirror: Literal["", "tensorboard", "wandb", "trackio"] = ""
+    """Also write the metrics there."""
+    show: bool = False
+    """Print the resolved experiment and stop."""
 
 
 def train(
@@ -16,13 +37,7 @@ def train(
     train: tuple[str, ...] = (),
     dev: tuple[str, ...] = (),
     text: str = "",
-    set: Annotated[
-        tuple[str, ...], arg(help="Deviations from the recipe: field=value ..., such as training.epochs=20; --show names the fields.")
-    ] = (),
-    device: str | None = None,
-    shard: Annotated[bool, arg(help="Cut the model over the processes (FSDP2) instead of copying it.")] = False,
-    mirror: Literal["", "tensorboard", "wandb", "trackio"] = "",
-    show: Annotated[bool, arg(help="Print the resolved experiment and stop.")] = False,
+    options: Annotated[RunOptions, arg(name="")] = RunOptions(),
 ) -> int:
     """Trains an acoustic model or a speech LLM; the same command goes on where it stopped.
 
@@ -40,29 +55,33 @@ def train(
         train: Speech with transcripts: manifests, folders, LibriSpeech trees, folders that `duolect prepare` made.
         dev: Validation sets, the same kinds; the first decides which weights are best.
         text: Text that units are made of; default: the training transcripts.
-        device: cpu or cuda; default: a GPU if there is one.
-        mirror: Also write the metrics there.
+        options: Training.
     """
+    from duolect.recipes.asr import RECIPES
+    from duolect.recipes.experiment import run
+
+    one_of("recipe", recipe, RECIPES)
+    if recipe != "tiny" and not train:
+        raise ValueError(f"{recipe} needs speech to learn from: name manifests or folders with --train")
+    return trained(RECIPES[recipe](train, dev, text), run, out or Path("runs") / recipe, options)
+
+
+def trained(plain: Any, run: Callable[..., Any], out: Path, options: RunOptions) -> int:
+    """Runs (or shows) an experiment with its deviations and says how good the model became."""
     import json
 
     from duolect.cli.options import quiet
     from duolect.config import diff, to_json, with_overrides
-    from duolect.recipes.asr import RECIPES
-    from duolect.recipes.experiment import run
     from duolect.train.parallel import join
 
     quiet()
-    one_of("recipe", recipe, RECIPES)
-    if recipe != "tiny" and not train:
-        raise ValueError(f"{recipe} needs speech to learn from: name manifests or folders with --train")
-    plain = RECIPES[recipe](train, dev, text)
-    experiment = with_overrides(plain, pairs(set, such_as="training.epochs=20"))
-    if show:
+    experiment = with_overrides(plain, pairs(options.set, such_as="training.epochs=20"))
+    if options.show:
         print(json.dumps(to_json(experiment), indent=1))
         return 0
-    out = out or Path("runs") / recipe
-    world = join("shard" if shard else "replicate", device)
-    figures = run(experiment, out, world=world, mirror=mirror, deviations=diff(plain, experiment))
+    writable("--out", out, folder=True)
+    world = join("shard" if options.shard else "replicate", options.device)
+    figures = run(experiment, out, world=world, mirror=options.mirror, deviations=diff(plain, experiment))
     if world.first:
         print(f"{out / 'model'}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     return 0

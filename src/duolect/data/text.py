@@ -28,7 +28,8 @@ class TextLines(Sequence[str]):
 
     def __init__(self, source: str | Path, *, case: Case = "keep") -> None:
         source = Path(source)
-        self.path, self.case = source / "manifest.jsonl" if source.is_dir() else source, case
+        self.path = source / "manifest.jsonl" if source.is_dir() else source
+        self.case: Case = case
         self.is_manifest = self.path.suffix in (".jsonl", ".json")
         try:
             self._starts, self._ends = _lines(self.path)

@@ -19,11 +19,11 @@ from duolect.models.lora import Lora, add_lora, merge_lora
 from duolect.models.rehead import Initial, rehead
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, load_vocabulary
 
+Learns = Literal["all", "lora", "nothing"]
 Written = Literal["keep", "lower", "sentence"]
 """How the text that a model learned from is written: any way, in lower case without punctuation, as sentences."""
 
 KIND = "language"
-EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @registered
@@ -37,8 +37,8 @@ class LmDims:
     recompute: activations are computed again in the backward pass, for memory.
     """
 
-    learns: Literal["all", "lora", "nothing"] = "all"
-    lora: Lora = field(default_factory=lambda: Lora(targets=EVERY_LINEAR, dropout=0.0))
+    learns: Learns = "all"
+    lora: Lora = field(default_factory=lambda: Lora(targets=(), dropout=0.0))
     embeddings: Literal["learn", "rest"] = "learn"
     initial: Initial = "pieces"
     begin: str = ""
@@ -63,7 +63,7 @@ def fitted(llm: PreTrainedModel, vocabulary: Vocabulary, dims: LmDims, *, units:
     return own
 
 
-def let_learn(llm: PreTrainedModel, learns: Literal["all", "lora", "nothing"], lora: Lora, *, embeddings: bool) -> None:
+def let_learn(llm: PreTrainedModel, learns: Learns, lora: Lora, *, embeddings: bool) -> None:
     """Sets what of a language model has gradients; low-rank paths are added where they are to learn."""
     matrices: tuple[Any, Any] = (llm.get_input_embeddings(), llm.get_output_embeddings())
     llm.requires_grad_(learns == "all")
@@ -120,7 +120,7 @@ def load_fitted(folder: Path, source: tuple[PreTrainedModel, Vocabulary]) -> tup
     load_weights({name: p for name, p in llm.named_parameters() if p.requires_grad}, folder)
     merge_lora(llm)
     llm.config.duolect = {"written": config["written"]}
-    return llm.requires_grad_(False).to(dtype), found
+    return llm.requires_grad_(False).to(dtype), found  # pyright: ignore[reportArgumentType]
 
 
 def _with_ends(vocabulary: Vocabulary, dims: LmDims) -> Vocabulary:

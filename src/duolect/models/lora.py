@@ -21,8 +21,8 @@ from duolect.models import ModelError
 @registered
 @dataclass(frozen=True)
 class Lora:
-    """rank and alpha as in the paper, scaled by alpha / rank, or alpha / sqrt(rank) where `stabilized`; targets: names of linear layers
-    (paper.md 1.8: rank 320, alpha 16, dropout 0.1, q_proj and v_proj, stabilized)."""
+    """rank and alpha as in the paper, scaled by alpha / rank, or alpha / sqrt(rank) where `stabilized`; targets: names of linear layers, none
+    for all of them (paper.md 1.8: rank 320, alpha 16, dropout 0.1, q_proj and v_proj, stabilized)."""
 
     rank: int = 16
     alpha: float = 16.0
@@ -70,7 +70,7 @@ def add_lora(model: nn.Module, config: Lora) -> int:
     Raises ModelError if there is none.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    found = {name: m for name, m in linear.items() if name.rsplit(".", 1)[-1] in config.targets}
+    found = {name: m for name, m in linear.items() if not config.targets or name.rsplit(".", 1)[-1] in config.targets}
     if missing := sorted(set(config.targets) - {name.rsplit(".", 1)[-1] for name in found}):
         known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
         raise ModelError(f"no linear layer of {type(model).__name__} is called {', '.join(missing)}: set lora.targets to some of {known}")

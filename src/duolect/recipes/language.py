@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from duolect.config import registered
 from duolect.data.filter import Case
 from duolect.data.text import TextLines
 from duolect.models.embedded import resolve
-from duolect.models.finetuned import LmDims, Written, fitted, save_fitted
+from duolect.models.finetuned import Learns, LmDims, Written, fitted, save_fitted
 from duolect.models.lm import load_language_model
 from duolect.run import RunFolder, write_json
 from duolect.train.checkpoint import TrainError
@@ -70,11 +71,15 @@ class LmExperiment:
 registered(TextLearning)
 
 
-def finetune(llm: str, texts: Sequence[str], checks: Sequence[str], units: str) -> LmExperiment:
-    """Two epochs of a pre-trained model over transcripts (paper.md 1.10: 1e-5, 1.8 k labels a batch, all of it learns)."""
-    rates = {"llm": 1e-5, "embeddings": 1e-3 if units else 1e-5}
+def finetune(llm: str, texts: Sequence[str], checks: Sequence[str], units: str = "", learns: Learns = "all") -> LmExperiment:
+    """Two epochs of a pre-trained model over transcripts (paper.md 1.10: 1e-5, 1.8 k labels a batch, all of it learns).
+
+    Low-rank paths learn at 3e-4, the embeddings of new units at 1e-3; old ones rest unless all learns.
+    """
+    rates = {"llm": 1e-5 if learns == "all" else 3e-4, "embeddings": 1e-3 if units else 1e-5}
     training = TrainConfig(rates, epochs=2.0, schedule=WarmUp(200), precision=_precision(), validate_every=250, save_every=250, keep_best=2)
-    return LmExperiment("finetune", tuple(Text(x) for x in texts), training, llm, units=units, checks=_named(checks))
+    dims = LmDims(learns, embeddings="learn" if learns == "all" else "rest")
+    return LmExperiment("finetune", tuple(Text(x) for x in texts), training, llm, dims, units, _named(checks))
 
 
 def scratch(texts: Sequence[str], checks: Sequence[str], units: str) -> LmExperiment:
@@ -181,7 +186,7 @@ def _unknown(lines: TextLines, vocabulary: Vocabulary) -> str:
     return f"; {100 * len(odd) / len(some):.1f}% have letters outside the units, such as {odd[0][:60]!r}" if odd else ""
 
 
-def _precision() -> str:
+def _precision() -> Literal["fp32", "bf16"]:
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
