@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from duolect.train.task import shares
+from tests.conftest import sentence_pieces
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -52,3 +56,45 @@ def test_a_finished_run_comes_back_whole(tmp_path: Path, mode: str) -> None:
     longer = run(2, mode, tmp_path, accumulate=1, steps=9)
     assert all(torch.equal(again[name], value) for name, value in first.items())
     assert any(not torch.equal(longer[name], value) for name, value in first.items())
+
+
+@pytest.mark.slow
+def test_a_language_model_learns_the_same_in_copies_and_in_shards(tmp_path: Path) -> None:
+    """As a user starts it; five validation sentences in batches of 16 leave the second process with none of its own."""
+    (tmp_path / "text.txt").write_text("ab abba\nba ab\nbab ab ab\nab\nabba ba bab\n" * 4)
+    (tmp_path / "check.txt").write_text("ab ba\nbab\nabba ab\n")
+    sentence_pieces(["ab abba ba bab"] * 9, size=12).save(tmp_path / "units")
+    found = {}
+    for name, processes, options in (("one", 1, []), ("copies", 2, []), ("shards", 2, ["--shard"])):
+        words = [
+            "lm",
+            "train",
+            "--text",
+            "text.txt",
+            "--check",
+            "check.txt",
+            "--units",
+            "units",
+            "--out",
+            name,
+            "--device",
+            "cpu",
+            *options,
+        ]
+        words += ["--set", "training.epochs=null", "training.steps=6", "model.dim=16", "model.heads=1", "learning.batch_labels=40"]
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
+        launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        start = [sys.executable, *launch, sys.executable] if processes > 1 else [sys.executable]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+        command = [*start, "-c", "from duolect.cli import main; main()", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[name] = json.loads((tmp_path / name / "result.json").read_text())["check word PPL"]
+    assert found["copies"] == pytest.approx(found["one"], rel=1e-4) and found["shards"] == pytest.approx(found["one"], rel=1e-4), found
+
+
+@pytest.mark.parametrize(("items", "world"), [(0, 2), (1, 2), (5, 2), (6, 3), (2, 4)])
+def test_shares_are_as_many_for_each_process_and_every_item_counts_once(items: int, world: int) -> None:
+    found = [shares(range(items), rank, world) for rank in range(world)]
+    assert len({len(share) for share in found}) == 1
+    assert sorted(item for share in found for item, counts in share if counts) == list(range(items))

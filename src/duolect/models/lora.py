@@ -21,8 +21,8 @@ from duolect.models import ModelError
 @registered
 @dataclass(frozen=True)
 class Lora:
-    """rank and alpha as in the paper, scaled by alpha / rank, or alpha / sqrt(rank) where `stabilized`; targets: names of linear layers, none
-    for all of them (paper.md 1.8: rank 320, alpha 16, dropout 0.1, q_proj and v_proj, stabilized)."""
+    """rank and alpha as in the paper, scaled by alpha / rank, or alpha / sqrt(rank) where `stabilized`; targets: names of linear layers,
+    none for all of them (paper.md 1.8: rank 320, alpha 16, dropout 0.1, q_proj and v_proj, stabilized)."""
 
     rank: int = 16
     alpha: float = 16.0

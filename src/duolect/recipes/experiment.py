@@ -151,7 +151,11 @@ def run(
     card = f"# {experiment.recipe}\n\nTrained by duolect; the whole experiment is recipe.json of its run folder.\n"
     seed = experiment.training.seed
     kept = None if frames is None else frames.setdefault(digest(replace(experiment, llm=None)), {})
-    task = AsrTask(model, experiment.learning, corpora, checks, seed=seed, case=experiment.units.case, card=card, frames=kept)
+    learning = experiment.learning
+    if world.sharded and learning.decoder_check:
+        _say(world, "shards cannot decode while they learn: validation leaves the decoder's WER out")
+        learning = replace(learning, decoder_check=0)
+    task = AsrTask(model, learning, corpora, checks, seed=seed, case=experiment.units.case, card=card, frames=kept)
     return train(task, experiment.training, out, world=world, layers=_layers(model), mirror=mirror)
 
 

@@ -30,7 +30,7 @@ from duolect.models.speech_llm import SpeechLlm, Trainable
 from duolect.search.fusion import Fused
 from duolect.search.label import label_beam_search
 from duolect.train.checkpoint import TrainError
-from duolect.train.task import Batch, Place, Ratio, Task
+from duolect.train.task import Batch, Place, Ratio, Task, shares
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
 
 CHECK_SECONDS = 60.0  # of padded audio in a batch of validation
@@ -333,7 +333,8 @@ class AsrTask(Task[Heard, AsrBatch]):
     def validate(self, rank: int, world: int) -> Mapping[str, Ratio]:
         figures: dict[str, Ratio] = {}
         for number, (name, items) in enumerate(self.checks.items()):
-            found = [self._check([items[i] for i in batch]) for batch in self._check_batches(items)[rank::world]]
+            mine = shares(self._check_batches(items), rank, world)
+            found = [part for batch, counts in mine for part in [self._check([items[i] for i in batch])] if counts]
             names = sorted({key for part in found for key in part}, key=lambda key: key != "WER")
             for key in names:
                 parts = [part[key] for part in found if key in part]

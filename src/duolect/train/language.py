@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from duolect.data.batching import dealt, shuffled_batches
 from duolect.data.pieces import SubwordSampler
 from duolect.data.text import TextLines
-from duolect.models.lm import output_layer
-from duolect.train.task import Batch, Place, Ratio, Task
+from duolect.train.task import Batch, Place, Ratio, Task, shares
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
 
 IGNORED = -100  # labels of padding
@@ -130,24 +129,25 @@ class LmTask(Task[int, Sentences]):
         return Sentences(inputs, targets)
 
     def losses(self, batch: Sentences) -> Mapping[str, Tensor]:
-        # Padding lies behind what counts, so causal attention needs no mask; and no logits are made of it.
-        decoder: Any = self.model.base_model
-        hidden = decoder(input_ids=batch.inputs, use_cache=False).last_hidden_state[batch.targets != IGNORED]
-        logits = output_layer(self.model, self.vocabulary)(hidden)
-        return {"nats": F.cross_entropy(logits, batch.targets[batch.targets != IGNORED], reduction="sum")}
+        # Padding lies behind what counts, so causal attention needs no mask. The whole model is called: shards are gathered in its forward.
+        logits = self.model(input_ids=batch.inputs, use_cache=False).logits[..., : self.vocabulary.size]
+        flat = logits.float().flatten(0, 1)
+        return {"nats": F.cross_entropy(flat, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")}
 
     def validate(self, rank: int, world: int) -> Mapping[str, Ratio]:
         found: dict[str, Ratio] = {}
         for name, lines in self.checks.items():
-            step = max(1, len(lines) // self.learning.checked)
-            mine = lines[::step][: self.learning.checked][rank::world]
-            nats, labels = 0.0, 0
-            for start in range(0, len(mine), 16):
-                batch = self._batch([self.vocabulary.encode(x) for x in mine[start : start + 16]])
-                nats, labels = nats + float(self.losses(batch.on(self.model.device))["nats"]), labels + batch.counts["nats"]
+            some = lines[:: max(1, len(lines) // self.learning.checked)][: self.learning.checked]
+            words, nats, labels = 0, 0.0, 0
+            for texts, counts in shares([some[i : i + 16] for i in range(0, len(some), 16)], rank, world):
+                batch = self._batch([self.vocabulary.encode(x) for x in texts])
+                total = float(self.losses(batch.on(self.model.device))["nats"])
+                if counts:
+                    words, nats = words + sum(len(x.split()) + 1 for x in texts), nats + total
+                    labels += batch.counts["nats"]
             # The end counts as a word, as it counts as a label.
             found |= {
-                f"{name} word PPL": Ratio(nats, sum(len(x.split()) + 1 for x in mine), "exp"),
+                f"{name} word PPL": Ratio(nats, words, "exp"),
                 f"{name} label PPL": Ratio(nats, labels, "exp"),
             }
         return found

@@ -40,6 +40,15 @@ class Ratio:
         return {"mean": mean, "percent": 100 * mean, "exp": math.exp(min(mean, 50.0))}[self.show]
 
 
+def shares(items: Sequence[Item], rank: int, world: int) -> list[tuple[Item, bool]]:
+    """A process's part of the items, as long as every other's; the bool is false for one that another process counts.
+
+    A sharded model gathers its weights in every forward, so all processes must call it equally often.
+    """
+    rounds = range(0, len(items), world)
+    return [(items[min(at + rank, len(items) - 1)], at + rank < len(items)) for at in rounds]
+
+
 class Batch(ABC):
     """A micro-batch, ready for the model."""
 
