@@ -29,6 +29,7 @@ def main() -> None:
         "units": preparation.units,
         "train": training.train,
         "study": study.study,
+        "fusion": study.fusion,
         "lm finetune": language.finetune,
         "lm train": language.train,
         "lm ppl": language.ppl,
@@ -44,7 +45,7 @@ def main() -> None:
         code = tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=ABOUT, sort_subcommands=False, args=words)
     except KeyboardInterrupt:
         to_files = words[:1] == ["transcribe"] and any(word.split("=")[0] == "--out" for word in words)
-        goes_on = to_files or words[:1] in (["decode"], ["compare"], ["prepare"], ["train"], ["study"], ["finetune"])
+        goes_on = to_files or words[:1] in (["decode"], ["compare"], ["prepare"], ["train"], ["study"], ["fusion"], ["finetune"])
         print("\nduolect: stopped" + "; the same command continues what was not finished" * goes_on, file=sys.stderr)
         code = 130
     except BrokenPipeError:

@@ -1,9 +1,9 @@
-"""study: the paper's ablations, each table by one command."""
+"""study, fusion: the paper's tables, each by one command."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -61,4 +61,58 @@ def study(
         print(plain_table(found))
         (out / "table.md").write_text(markdown_table(found), encoding="utf-8")
         write_json(out / "table.json", {"table": json_table(found), "env": environment(device=str(world.device), seed=0)})
+    return 0
+
+
+def fusion(
+    tune: str,
+    test: str,
+    lm: tuple[str, ...] = ("smollm2-135m", "duolect-unit-lm"),
+    am: str = "duolect-ctc",
+    out: Path = Path("out/fusion"),
+    priors: tuple[Literal["softmax", "counts", "sampled", "llm"], ...] = ("softmax", "counts", "sampled"),
+    intervals: tuple[int, ...] = (1, 5, 10, 20),
+    beams: tuple[int, ...] = (1, 4, 8, 16, 32, 64),
+    nbest: int = 64,
+    limit: int | None = None,
+    device: str = "auto",
+) -> int:
+    """How one CTC model and language models are best joined: rescoring, delayed, label-wise, beams, priors; scales tuned on other speech.
+
+    Example: duolect fusion --tune dev.jsonl --test test.jsonl --lm runs/lm/model duolect-unit-lm
+
+    The same command goes on where it stopped. Label-wise fusion is of language models with the CTC model's labels, delayed fusion of all
+    others.
+
+    Args:
+        tune: Speech with transcripts that the scales are tuned on.
+        test: Speech with transcripts, of other speakers, that the table is of.
+        lm: Language models; anything that --lm takes elsewhere.
+        am: CTC acoustic model, with priors (see `duolect prior`).
+        out: Folder for table.md, table.json, the tuned scales and all hypotheses.
+        priors: Which priors are tried; llm (in the language model's own labels) needs `duolect prior --lm`.
+        intervals: Frames between two scorings of delayed fusion.
+        beams: Beams of one-pass search.
+        nbest: Hypotheses of the lists that are rescored and that scales are tuned on.
+        limit: Only the first so many utterances of both corpora.
+        device: cpu or cuda; auto: a GPU if there is one.
+    """
+    from duolect.cli.options import device_of, quiet
+    from duolect.evaluate.table import json_table, markdown_table, plain_table
+    from duolect.recognize.models import Models
+    from duolect.run import environment, write_json
+    from duolect.study.fusion import FusionStudy, measured
+
+    quiet()
+    at_least(1, limit=limit, nbest=nbest, intervals=min(intervals, default=1), beams=min(beams, default=1))
+    writable("--out", out, folder=True)
+    names = {Path(x).parent.name if Path(x).name == "model" else Path(x).name: x for x in lm}
+    if len(names) < len(lm):
+        raise ValueError(f"--lm {' '.join(lm)}: two of them have the same name: rename a folder")
+    models = Models(device=device_of(device))
+    study = FusionStudy(am, names, tune, test, priors, intervals, beams, nbest=nbest, limit=limit)
+    table = measured(study, out, models)
+    print(plain_table(table))
+    (out / "table.md").write_text(markdown_table(table), encoding="utf-8")
+    write_json(out / "table.json", {"table": json_table(table), "env": environment(device=models.device, seed=0)})
     return 0
