@@ -111,6 +111,21 @@ def test_exact_through_another_tokenizer_with_a_prior_in_step(letters, other_voc
             assert h.parts["of llm"] == pytest.approx(sum(float(of_llm.table[y]) for y in inner.vocabulary.encode(text)), abs=1e-4)
 
 
+@pytest.mark.parametrize("schedule", ["every_label without lookahead", "every 2", "every 3", "at word end", "shortest 2"])
+def test_a_delayed_prior_is_in_step_with_the_model_it_corrects(letters, schedule):
+    """Against a language model that is the prior itself, nothing is left at any time: a narrow search is the one without both."""
+    unigram = LabelPrior(torch.tensor([-3.0, -0.2, 0.0, 0.0, 0.0]), letters)  # rewriting changes delimiters, which count 0
+    x, lengths, when = frames(letters, groups=4, most=9, seed=8), torch.tensor([9, 7, 9, 8]), SCHEDULES[schedule]
+
+    def labels(**priors):
+        lm = Fused(scorer=Retokenized(unigram, letters), scale=1.5, when=when)
+        found = ctc_beam_search(x, lengths, vocabulary=letters, beam=3, fused={"lm": lm, **priors} if priors else {})
+        return [[h.labels for h in nbest] for nbest in found]
+
+    assert labels(prior=Fused(scorer=held_to_words(unigram), scale=-1.5, when=when)) == labels()
+    assert labels(prior=Fused(scorer=unigram, scale=-1.5, when=every_label())) != labels(), "an immediate prior is ahead of it"
+
+
 @pytest.mark.parametrize("beam", [1, 2, 5, 17])
 @pytest.mark.parametrize("schedule", ["every_label", "every 2", "at word end", "shortest 1"])
 def test_a_batch_gives_what_each_utterance_gives_alone(letters, schedule, beam):
