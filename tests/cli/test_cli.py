@@ -176,7 +176,7 @@ def test_compare_writes_a_table_of_all_that_was_asked(duolect, zoo, with_models,
 
 def test_compare_continues_and_leaves_out_what_does_not_fit(duolect, zoo, tmp_path, monkeypatch):
     shutil.copytree(zoo["am"], tmp_path / "am")
-    (tmp_path / "am" / "priors.json").unlink()
+    (tmp_path / "am" / "priors.safetensors").unlink()
     foreign = ["--am", tmp_path / "am", "--lm", zoo["llm"], "--unit-lm", zoo["llm"], "--device", "cpu", "--beam", "3", "--nbest", "3"]
     command = ["compare", "--data", zoo["corpus"], *foreign, "--out", tmp_path / "out"]
     names = {name: preset for name, preset in PRESETS.items() if "aed" not in name}
@@ -279,13 +279,6 @@ def test_doctor_and_models_list(duolect):
     assert code == 0 and "smollm2-135m" in out and "whisper-base" in out
     code, out, _ = duolect("doctor")
     assert "torch" in out and "problem" in out
-
-
-def test_a_prior_is_estimated_and_stored(duolect, zoo, tmp_path):
-    code, out, _ = duolect("prior", "--data", zoo["corpus"], "--am", zoo["am"], "--out", tmp_path)
-    assert code == 0 and "softmax, counts" in out
-    stored = json.loads((tmp_path / "priors.json").read_text())
-    assert all(np.isfinite(stored["priors"][k]).all() for k in ("softmax", "counts"))
 
 
 def test_a_speech_llm_recognizes_by_its_folder_alone(duolect, zoo, tmp_path):

@@ -80,6 +80,19 @@ def test_increments_are_the_teacher_forced_forward(monkeypatch: pytest.MonkeyPat
         assert float(total[row] + ends[row]) == pytest.approx(from_scratch(model, audio, history), abs=1e-4)
 
 
+def test_the_internal_language_model_is_the_decoder_over_zeros() -> None:
+    model, labels, sizes = tiny(), torch.tensor([[3, 4, 5, 3], [6, 5, 0, 0]]), torch.tensor([4, 2])
+    history, targets = histories(labels, sizes, bos=model.vocabulary.bos, eos=model.vocabulary.eos)
+    with torch.no_grad():
+        logits = model.decoder(history, Encoded(torch.zeros(2, 9, 16), torch.tensor([9, 5]))).logits
+    wanted = -F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(1)
+    scorer = model.internal(2)
+    score, state = scorer.advance(scorer.start(2), labels, sizes)
+    torch.testing.assert_close(score + scorer.finish(state), wanted, atol=1e-4, rtol=0)
+    heard = model.scorer([noise(0.5, 0)] * 2)
+    assert float((heard.advance(heard.start(2), labels, sizes)[0] - score).abs().min()) > 0.01, "audio says something else"
+
+
 def test_a_batch_gives_what_each_gives_alone_in_training_and_in_search() -> None:
     model, audios = tiny(), [noise(s, i) for i, s in enumerate((0.3, 1.1, 0.7))]
     labels = [[3, 4, 5], [6], [5, 5, 3, 4, 7]]

@@ -246,6 +246,20 @@ def test_an_aed_scores_like_its_full_forward_and_shares_the_audio_among_rows():
     assert cross.shape[0] == 2, "the audio's keys are held once per utterance, not per row"
 
 
+def test_the_internal_language_model_is_the_decoder_over_zeros():
+    aed = tiny_whisper()
+    scorer, history = aed.internal(2), [70, 80, 75, 80]
+    score, state = scorer.advance(scorer.start(2), torch.tensor([history] * 2), torch.tensor([2, 4]))
+    hidden = aed.model.model.decoder(
+        input_ids=torch.tensor([[*aed.prompt, *history]]), encoder_hidden_states=torch.zeros(1, 1500, 16)
+    ).last_hidden_state
+    log_probs = aed.output(hidden[0, len(aed.prompt) - 1 :]).log_softmax(-1)
+    wanted = log_probs[torch.arange(4), torch.tensor(history)]
+    assert bool(wanted.isfinite().all())
+    torch.testing.assert_close(score, torch.stack([wanted[:2].sum(), wanted.sum()]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(scorer.log_probs(state)[1], log_probs[-1], atol=2e-4, rtol=0)
+
+
 def test_an_aed_refuses_audio_it_cannot_hear():
     with pytest.raises(ModelError, match="30 s"):
         tiny_whisper().scorer([np.zeros(16000 * 31, dtype=np.float32)])

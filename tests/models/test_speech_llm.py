@@ -7,6 +7,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,18 @@ def test_what_is_heard_counts_and_only_the_own_audio(how: str) -> None:
     assert abs(float(one[1] - two[1])) > 0.1 and float(one[0]) == pytest.approx(float(two[0]), abs=1e-4)
     assert abs(float(one[0] - one[1])) > 0.1
     torch.testing.assert_close(scores(model, [AUDIOS[0], AUDIOS[1]], labels), one.flip(0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_internal_language_model_reads_the_prompts_and_hears_nothing(kind: str, how: str) -> None:
+    model = trained(tiny(kind, **HOW[how], **PROMPTS))
+    labels, scorer = texts_of(model), model.internal(3)
+    gained, state = scorer.advance(scorer.start(3), padded(labels), torch.tensor([len(x) for x in labels]))
+    found, heard = (gained + scorer.finish(state)).tolist(), scores(model, AUDIOS, labels).tolist()
+    model.dims = replace(model.dims, attention="prefix", bidirectional=False)  # with nothing to attend to, all interfaces are this one
+    wanted = [score_of(model, torch.zeros(0, 16), y) for y in labels]
+    assert found == pytest.approx(wanted, abs=3e-4) and all(abs(x - y) > 0.01 for x, y in zip(found, heard, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

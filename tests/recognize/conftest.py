@@ -12,6 +12,7 @@ import torch
 
 from duolect.models.ctc import CtcModel
 from duolect.models.encoders import WhisperDims, WhisperEncoder
+from duolect.models.priors import count_words, smoothed, text_priors, write_priors
 from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims
 from duolect.recognize.models import Models
 from duolect.vocabulary import SentencePieceVocabulary
@@ -38,14 +39,10 @@ def zoo(tmp_path_factory) -> dict[str, Path]:
         vocabulary.save(root / name)
     heard = SpeechLlm(CtcModel.load(root / "am"), lm.model, lm.vocabulary, SpeechLlmDims(before="ab", learns="all", embeddings="learn"))
     heard.save(root / "sllm", card="tiny", dtype=torch.float32)
-    (root / "am" / "priors.json").write_text(
-        json.dumps(
-            {
-                "vocabulary": am.vocabulary.digest(),
-                "priors": {"softmax": [-2.0] * am.vocabulary.size, "counts": [-3.0] * am.vocabulary.size},
-            }
-        )
-    )
+    kinds = {kind: torch.rand(am.vocabulary.size, dtype=torch.float64) for kind in ("softmax", "counts", "sampled")}
+    write_priors(root / "am", am.vocabulary, {k: smoothed(x, am.vocabulary, uniform=0.1) for k, x in kinds.items()}, source="no data")
+    of_llm = {"llm": text_priors(count_words(TEXTS), lm.vocabulary)["sampled"]}
+    write_priors(root / "am", lm.vocabulary, of_llm, source="no data")
     rng = np.random.default_rng(1)
     (root / "corpus").mkdir()
     with open(root / "corpus" / "manifest.jsonl", "w") as manifest:

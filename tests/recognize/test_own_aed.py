@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from duolect.data.sources import open_source
+from duolect.models.aed import AedModel
+from duolect.models.attention_decoder import histories
+from duolect.models.encoders import Encoded
+from duolect.recognize.decoding import Attention, Internal, LabelSynchronous, Language
 from duolect.recognize.models import Models
 from duolect.recognize.presets import Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer
+from tests.conftest import tiny_lm
 from tests.models.test_attention_decoder import tiny
+from tests.oracles import lm_from_scratch
 
 NAMES = ("aed-greedy", "aed", "aed+ctc-rescore", "aed+ctc-time", "aed+ctc-label")
 
@@ -35,3 +41,24 @@ def test_each_aed_decoding_gives_the_same_in_any_batch(zoo, folder, name):
         assert a.error is None and b.error is None and [h.labels for h in a.nbest] == [h.labels for h in b.nbest]
         for h, g in zip(a.nbest, b.nbest, strict=True):
             assert dict(h.parts) == pytest.approx(dict(g.parts), abs=1e-3)
+
+
+def test_an_internal_language_model_is_subtracted_where_another_one_is_fused(zoo, folder):
+    """In one search over the AED's labels: its score with audio, a language model's, and minus its own score without audio."""
+    models, utterances = Models(say=lambda text: None), open_source(zoo["corpus"]).utterances
+    lm = tiny_lm("llama", models.attention(folder).vocabulary)
+    models._loaded["language", "other", ""] = lm
+    terms = {"aed": Attention(folder), "lm": Language("other", 0.4), "internal": Internal(folder, -0.3)}
+    decodings = {name: LabelSynchronous(dict(list(terms.items())[:n]), 4) for name, n in (("with", 3), ("without", 2))}
+    found = list(Recognizer(models, folder, decodings).recognize(utterances, progress=False))
+    aed = models.attention(folder)
+    assert isinstance(aed, AedModel)
+    v = aed.vocabulary
+    for h in (h for r in found for h in r["with"].nbest):
+        history, targets = histories(torch.tensor([h.labels]), torch.tensor([len(h.labels)]), bos=v.bos, eos=v.eos)
+        with torch.no_grad():
+            logits = aed.decoder(history, Encoded(torch.zeros(1, 3, 16), torch.tensor([3]))).logits
+        wanted = -float(torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="sum"))
+        assert h.parts["internal"] == pytest.approx(wanted, abs=1e-3)
+        assert h.parts["lm"] == pytest.approx(lm_from_scratch(lm, h.labels), abs=1e-3)
+    assert any([h.labels for h in r["with"].nbest] != [h.labels for h in r["without"].nbest] for r in found), "it has a say"

@@ -15,14 +15,15 @@ import soundfile
 from duolect.config import ConfigError, from_json, to_json
 from duolect.data.sources import open_source
 from duolect.models import ModelError
+from duolect.models.priors import PRIORS_FILE, PriorError
 from duolect.recognize.decoding import Greedy, Language, Prior, TimeSynchronous
 from duolect.recognize.files import INDEX, ResumeError, Transcripts, decode_to_files, written
-from duolect.recognize.models import Models, PriorError
+from duolect.recognize.models import Models
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer, Segment, timed_words
 from duolect.scorer import Hypothesis, Recognized, read_hypotheses
 from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError
-from duolect.search.rescore import labels_for, rescored
+from duolect.search.rescore import labels_for, labels_of_text, rescored
 from tests.models.test_decoder import tiny_whisper
 
 
@@ -198,7 +199,7 @@ def test_a_folder_of_transcripts_knows_what_it_has(tmp_path):
 
 def test_decodings_that_do_not_fit_the_models_are_told_before_work(zoo, models, tmp_path):
     shutil.copytree(zoo["am"], tmp_path / "am")
-    (tmp_path / "am" / "priors.json").unlink()
+    (tmp_path / "am" / PRIORS_FILE).unlink()
     foreign = replace(ingredients(zoo), unit_lm=str(zoo["llm"]))
     names = ("ctc-greedy", "rescore", "labelwise", "delayed-prior", "unit-rescore")
     misfits = Recognizer(models, str(tmp_path / "am"), {n: decoding_of(n, foreign) for n in names}).misfits()
@@ -299,7 +300,7 @@ def test_decodings_from_files_and_overrides(zoo, tmp_path):
 
 
 def test_a_missing_prior_and_a_beam_of_nothing_are_said(zoo, models):
-    with pytest.raises(PriorError, match="it has softmax, counts"):
+    with pytest.raises(PriorError, match="it has counts, sampled, softmax"):
         list(
             Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(2, {"p": Prior("nonsense", -0.1)})}).recognize(
                 open_source(zoo["corpus"]).utterances, progress=False
@@ -341,10 +342,43 @@ def test_a_hub_that_is_out_of_reach_is_said_at_once(models, monkeypatch, kind):
     assert time.monotonic() - begin < 4
 
 
+IN_STEP = {"every 3": Every(3), "word end": AtWordEnd(), "end": AtEnd()}
+
+
+@pytest.mark.parametrize("when", IN_STEP)
+@pytest.mark.parametrize("kind", ["softmax", "counts", "sampled", "llm"])
+def test_a_prior_in_step_with_a_language_model_is_the_sum_over_its_labels(zoo, models, kind, when):
+    """Whenever it is asked, in whichever vocabulary, with or without a prompt: nothing is held back, lost or counted twice at the end."""
+    am, llm = str(zoo["am"]), str(zoo["llm"])
+    vocabulary, table = models.acoustic(am).vocabulary, models.prior(am, kind, of=llm * (kind == "llm")).tolist()
+    for prompt in ("", "ab ba"):
+        of = {"of": llm, "prompted": bool(prompt)} if kind == "llm" else {"words": True}
+        terms = {"llm": Language(llm, 0.5, IN_STEP[when], prompt), "prior": Prior(kind, -0.3, IN_STEP[when], **of)}
+        if kind != "llm":
+            terms["immediate"] = Prior(kind, -0.1)
+        found = recognized(Recognizer(models, am, {"it": TimeSynchronous(4, terms)}), zoo, "it")
+        assert sum(len(h.labels) for r in found for h in r.nbest) > 50, "the test means texts"
+        for h in (h for r in found for h in r.nbest):
+            if kind == "llm":
+                labels = labels_of_text(models.vocabulary(llm), begun=bool(prompt))(h)
+            else:
+                labels = [y for y in h.labels if y not in (vocabulary.blank, vocabulary.eos)]
+                assert h.parts["immediate"] == pytest.approx(h.parts["prior"], abs=1e-3)
+            assert h.parts["prior"] == pytest.approx(sum(table[y] for y in labels), abs=1e-3)
+
+
+def test_a_prior_of_a_language_model_needs_its_name(zoo, models):
+    for term in (Prior("llm", -0.1), Prior("softmax", -0.1, of=str(zoo["llm"]))):
+        with pytest.raises(SearchError, match="kind llm, and no other, names a language model in `of`"):
+            term.load(models, str(zoo["am"]))
+    Prior("llm", -0.1, of=str(zoo["llm"])).load(models, str(zoo["am"]))
+    assert not any(key[0] == "language" for key in models._loaded), "a tokenizer is all that a prior needs of the model"
+
+
 def test_a_uniform_prior_is_a_bonus_per_label(zoo, models, tmp_path):
     """It needs no file; its part is -log V for each label, so a negative scale makes hypotheses longer."""
     shutil.copytree(zoo["am"], tmp_path / "am")
-    (tmp_path / "am" / "priors.json").unlink()
+    (tmp_path / "am" / PRIORS_FILE).unlink()
     vocabulary = models.acoustic(str(zoo["am"])).vocabulary
     lengths = []
     for scale in (-2.0, 2.0):

@@ -89,9 +89,12 @@ def test_with_a_wide_beam_no_schedule_matters(letters, schedule, kind, recombine
 def test_exact_through_another_tokenizer_with_a_prior_in_step(letters, other_vocabularies, schedule, other):
     inner = tiny_lm("llama", other_vocabularies[other])
     prior = LabelPrior(torch.tensor([0.4, 0.3, 0.1, 0.2, 0.1]).log(), letters)
+    of_llm = LabelPrior(torch.randn(inner.vocabulary.size, generator=torch.Generator().manual_seed(0)), inner.vocabulary)
     fused = {
         "llm": Fused(scorer=Retokenized(inner, letters), scale=0.5, when=SCHEDULES[schedule]),
         "prior": Fused(scorer=held_to_words(prior), scale=-0.3, when=SCHEDULES[schedule]),
+        "immediate": Fused(scorer=prior, scale=-0.2, when=every_label()),
+        "of llm": Fused(scorer=Retokenized(of_llm, letters), scale=-0.1, when=SCHEDULES[schedule]),
     }
     x = frames(letters, groups=2)[:, :5]
     lengths = torch.tensor([5, 4])
@@ -104,6 +107,23 @@ def test_exact_through_another_tokenizer_with_a_prior_in_step(letters, other_voc
             assert h.parts["ctc"] == pytest.approx(ctc[h.labels], abs=3e-4)
             assert h.parts["llm"] == pytest.approx(lm_from_scratch(inner, inner.vocabulary.encode(text)), abs=3e-4)
             assert h.parts["prior"] == pytest.approx(sum(float(prior.table[y]) for y in h.labels), abs=1e-4)
+            assert h.parts["immediate"] == pytest.approx(h.parts["prior"], abs=1e-4)
+            assert h.parts["of llm"] == pytest.approx(sum(float(of_llm.table[y]) for y in inner.vocabulary.encode(text)), abs=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["every_label without lookahead", "every 2", "every 3", "at word end", "shortest 2"])
+def test_a_delayed_prior_is_in_step_with_the_model_it_corrects(letters, schedule):
+    """Against a language model that is the prior itself, nothing is left at any time: a narrow search is the one without both."""
+    unigram = LabelPrior(torch.tensor([-3.0, -0.2, 0.0, 0.0, 0.0]), letters)  # rewriting changes delimiters, which count 0
+    x, lengths, when = frames(letters, groups=4, most=9, seed=8), torch.tensor([9, 7, 9, 8]), SCHEDULES[schedule]
+
+    def labels(**priors):
+        lm = Fused(scorer=Retokenized(unigram, letters), scale=1.5, when=when)
+        found = ctc_beam_search(x, lengths, vocabulary=letters, beam=3, fused={"lm": lm, **priors} if priors else {})
+        return [[h.labels for h in nbest] for nbest in found]
+
+    assert labels(prior=Fused(scorer=held_to_words(unigram), scale=-1.5, when=when)) == labels()
+    assert labels(prior=Fused(scorer=unigram, scale=-1.5, when=every_label())) != labels(), "an immediate prior is ahead of it"
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5, 17])

@@ -14,7 +14,7 @@ def main() -> None:
     """Runs `duolect <command> ...`. Exit code 0: all done; 1: some of it failed, as listed; 2: nothing could be done, as said."""
     import tyro
 
-    from duolect.cli import evaluation, guarding, language, maintenance, preparation, recognition, report, study, training
+    from duolect.cli import evaluation, guarding, language, maintenance, preparation, prior, recognition, report, study, training
 
     commands = {
         "transcribe": recognition.transcribe,
@@ -33,7 +33,7 @@ def main() -> None:
         "lm finetune": language.finetune,
         "lm train": language.train,
         "lm ppl": language.ppl,
-        "prior": maintenance.prior,
+        "prior": prior.prior,
         "models": maintenance.models,
         "doctor": maintenance.doctor,
     }

@@ -1,14 +1,10 @@
-"""models, doctor, prior: what is here, what is missing, and what is derived from data once."""
+"""models, doctor: what is here and what is missing."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from tyro.conf import Positional, arg
-
-from duolect.cli.checks import at_least, corpus_name, writable
+from tyro.conf import Positional
 
 
 def models(action: Positional[Literal["list", "pull", "where"]] = "list", names: Positional[tuple[str, ...]] = (), /) -> int:
@@ -30,62 +26,6 @@ def models(action: Positional[Literal["list", "pull", "where"]] = "list", names:
         folder = embedded.where(name) or (embedded.pull(name) if action == "pull" else None)
         print(folder if folder else f"{name} is not here yet: duolect models pull {name}")
     return 0
-
-
-def prior(
-    data: Path, am: str = "duolect-ctc", out: Path | None = None, limit: Annotated[int, arg(help="Utterances looked at, at most.")] = 500
-) -> int:
-    """Estimates the label priors of an acoustic model: the mean of its softmax over audio, and counts of the transcripts.
-
-    Example: duolect prior --data train/manifest.jsonl --am my-model/
-
-    Args:
-        data: Manifest or folder of audio like the training data, best with transcripts.
-        am: CTC acoustic model.
-        out: Folder for priors.json; default: the model's own folder.
-    """
-    from tqdm import tqdm
-
-    from duolect.audio.io import AudioError
-    from duolect.data.sources import open_source
-    from duolect.data.utterance import load_audio
-    from duolect.recognize.models import PRIORS_FILE, Models, count_prior, place_of, softmax_prior
-    from duolect.run import write_json
-
-    at_least(1, limit=limit)
-    place = Path(place_of(am, "acoustic"))
-    if out is None and not place.is_dir():
-        raise ValueError(f"--am {am}: has no folder of its own: name one for {PRIORS_FILE} with --out")
-    writable("--out", out or place, folder=True)
-    model = Models().acoustic(am)
-    utterances = open_source(data).utterances
-    step = max(1, len(utterances) // limit)
-    outputs, failed = [], []
-    for utterance in tqdm(utterances[::step][:limit], unit="utterance", disable=not sys.stderr.isatty()):
-        try:
-            outputs.append(model.log_probs_of([load_audio(utterance)]))
-        except AudioError as error:
-            failed.append(str(error))
-    if not outputs:
-        raise ValueError(f"{data}: no audio could be read: {failed[0] if failed else 'the source is empty'}")
-    priors = {"softmax": softmax_prior(outputs, model.vocabulary)}
-    texts = [u.text.lower() for u in utterances if u.text]
-    if texts:
-        priors["counts"] = count_prior(texts, model.vocabulary)
-    target = (out or place) / PRIORS_FILE
-    write_json(
-        target,
-        {
-            "vocabulary": model.vocabulary.digest(),
-            "data": corpus_name(data),
-            "utterances": len(outputs),
-            "priors": {name: [round(x, 4) for x in p.tolist()] for name, p in priors.items()},
-        },
-    )
-    print(f"{target}: {', '.join(priors)} from {len(outputs)} utterances and {len(texts)} transcripts")
-    for line in failed:
-        print(f"  {line}", file=sys.stderr)
-    return 1 if failed else 0
 
 
 def doctor() -> int:

@@ -49,6 +49,10 @@ class AttentionModel(ABC):
     def scorer(self, audios: Sequence[np.ndarray]) -> DecoderScorer:
         """log p(labels | audio) for a batch of samples [N], float32 mono 16 kHz; ModelError where one is longer than the model hears."""
 
+    @abstractmethod
+    def internal(self, rows: int) -> DecoderScorer:
+        """log p(labels) of the decoder without audio, for `rows` utterances: its internal language model (arXiv 2011.01991)."""
+
 
 def load_attention_model(name: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AttentionModel:
     """The encoder-decoder or speech LLM of a model folder of ours, or Whisper of a folder or hub id. Raises ModelError."""
@@ -123,6 +127,12 @@ class AedModel(nn.Module, AttentionModel):
         return AedScorer(
             self, encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds, dtype=self.decoder.embedding.weight.dtype)
         )
+
+    @torch.no_grad()
+    def internal(self, rows: int) -> AedScorer:
+        weight = self.decoder.embedding.weight  # one frame of zeros: attention to any number of equal frames gives the same
+        frames = weight.new_zeros(rows, 1, self.ctc.encoder.dim)
+        return AedScorer(self, Encoded(frames, torch.ones(rows, dtype=torch.long, device=weight.device)))
 
     def parts(self) -> dict[str, nn.Module]:
         """What learns at rates of its own, beside the CTC part."""
@@ -247,6 +257,10 @@ class WhisperAed(AttentionModel):
         padded = [torch.nn.functional.pad(torch.from_numpy(a), (0, size - len(a))).to(weight.device) for a in audios]
         features = torch.stack([whisper_log_mel(a, mels=mels) for a in padded]).transpose(1, 2).to(weight.dtype)
         return WhisperScorer(self, self.model.model.encoder(features).last_hidden_state)
+
+    @torch.no_grad()
+    def internal(self, rows: int) -> WhisperScorer:
+        return WhisperScorer(self, self.output.weight.new_zeros(rows, 1, self.model.config.d_model))
 
 
 class WhisperScorer(AudioScorer):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from duolect.models import ModelError
 from duolect.models.cache import Trie
@@ -53,7 +53,7 @@ class HFCausalLM(DecoderScorer):
         gguf_file: str | None = None,
     ) -> HFCausalLM:
         """The scorer of a hub id, a folder (of transformers or of ours, with vocabulary.json), or a .gguf file."""
-        if Path(name, "config.json").is_file() and read_config(Path(name)).get("type") == "speech_llm":
+        if _type(name) == "speech_llm":
             from duolect.models.speech_llm import SpeechLlm  # which needs this file
 
             heard = SpeechLlm.load(name, dtype=dtype, device=device)  # without audio it is a language model
@@ -90,22 +90,41 @@ def load_language_model(
     name: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32", gguf_file: str | None = None
 ) -> tuple[PreTrainedModel, Vocabulary]:
     """The model of transformers of a hub id, a folder (of transformers or of ours) or a .gguf file, and its vocabulary. ModelError."""
-    path = Path(name)
-    if (path / "config.json").is_file() and (config := read_config(path)).get("type") == KIND:
-        return load_fitted(path, load_language_model(resolve(config["source"]), dtype=dtype))
-    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
-    if path.suffix == ".gguf" and path.is_file():
-        path, options = path.parent, {"gguf_file": path.name}
-    source = str(path) if path.exists() else str(name)
+    if _type(name) == KIND:
+        return load_fitted(Path(name), load_language_model(resolve(read_config(Path(name))["source"]), dtype=dtype))
+    source, options = _located(name, gguf_file)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa", **options)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name} does not load as a causal language model: {str(error).strip().splitlines()[0]}") from error
-    if (path / VOCABULARY_FILE).is_file():
-        vocabulary = load_vocabulary(path)
-    else:
-        vocabulary = TokenizerVocabulary.load(source, **_start_and_end(model.config), **options)
-    return model, vocabulary
+    return model, _vocabulary(source, model.config, options)
+
+
+def language_vocabulary(name: str | Path) -> Vocabulary:
+    """The vocabulary of a model that `HFCausalLM.load` loads, without the weights where they are not needed for it."""
+    if _type(name) in (KIND, "speech_llm"):
+        return HFCausalLM.load(name).vocabulary
+    source, options = _located(name, None)
+    return _vocabulary(source, AutoConfig.from_pretrained(source, **options), options)
+
+
+def _type(name: str | Path) -> str | None:
+    """What kind of model a folder of ours holds; None for anything else."""
+    return read_config(Path(name)).get("type") if Path(name, "config.json").is_file() else None
+
+
+def _located(name: str | Path, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
+    """The folder or hub id of a model, and the options that say which file of it."""
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        path, gguf_file = path.parent, path.name
+    return str(path) if path.exists() else str(name), {"gguf_file": gguf_file} if gguf_file else {}
+
+
+def _vocabulary(source: str, config: Any, options: dict[str, Any]) -> Vocabulary:
+    if (Path(source) / VOCABULARY_FILE).is_file():
+        return load_vocabulary(source)
+    return TokenizerVocabulary.load(source, **_start_and_end(config), **options)
 
 
 def output_layer(model: PreTrainedModel, vocabulary: Vocabulary) -> OutputLayer:

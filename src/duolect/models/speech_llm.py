@@ -233,6 +233,11 @@ class SpeechLlm(nn.Module, AttentionModel):
         audio, lengths = self.adapter(encoded, self.ctc.of_encoded(encoded).main, self.embeddings)
         return SpeechLlmScorer(self, audio.to(self.embeddings.weight.dtype), lengths)
 
+    @torch.no_grad()
+    def internal(self, rows: int) -> SpeechLlmScorer:
+        weight = self.embeddings.weight  # the prompts, and no position of audio between them
+        return SpeechLlmScorer(self, weight.new_zeros(rows, 0, weight.shape[1]), torch.zeros(rows, dtype=torch.long, device=weight.device))
+
     def parts(self) -> dict[str, nn.Module]:
         """What learns at rates of its own, beside the CTC part."""
         return {"adapter": nn.ModuleList([self.adapter, self.cross]), "llm": self.llm}
@@ -325,7 +330,7 @@ class SpeechLlmScorer(DecoderScorer):
     def __init__(self, model: SpeechLlm, audio: Tensor, lengths: Tensor) -> None:
         self.model, self.audio, self.lengths, self.vocabulary = model, audio, lengths, model.vocabulary
         self.output = output_layer(model.llm, model.vocabulary)
-        self.heard = model.heard(audio)
+        self.heard = model.heard(audio) if audio.shape[1] else []
         self.mask = frame_mask(lengths, audio.shape[1])[:, None, None]
 
     def _begin(self, rows: int) -> Trie:

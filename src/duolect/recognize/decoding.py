@@ -206,9 +206,11 @@ class Ctc(Term):
 @registered
 @dataclass(frozen=True)
 class Prior(Term):
-    """The acoustic model's label prior; `words`: held back in step with a language model that hears whole words.
+    """A label prior; `words`: held back in step with a language model that hears whole words.
 
-    kind: as in priors.json (softmax, counts), or `uniform`, which makes of a negative scale a bonus for each label: a length term.
+    kind: of the acoustic model's labels as `duolect prior` stored it (softmax, counts, sampled), `uniform`, which makes of a negative scale
+    a bonus for each label: a length term, or `llm`: of the labels of the language model or decoder `of`, for which words are written by
+    `policy`, the first one as one that follows where `prompted`. With the schedule of the term that it corrects it is delayed like that.
     """
 
     kind: str = "softmax"
@@ -216,13 +218,34 @@ class Prior(Term):
     when: Schedule = field(default_factory=EveryLabel)
     words: bool = False
     policy: TextPolicy = field(default_factory=TextPolicy)
+    of: str = ""
+    prompted: bool = False
+
+    @property
+    def begun(self) -> bool:
+        return self.prompted
 
     def load(self, models: Models, acoustic: str) -> None:
-        models.prior(acoustic, self.kind)
+        if (self.kind == "llm") != bool(self.of):
+            raise SearchError(f"a prior of kind {self.kind} with of={self.of!r}: kind llm, and no other, names a language model in `of`")
+        models.prior(acoustic, self.kind, of=self.of)
 
     def native(self, batch: Batch) -> Scorer[Any]:
-        prior = LabelPrior(batch.models.prior(batch.acoustic, self.kind), batch.vocabulary)
-        return held_to_words(prior) if self.words else prior
+        vocabulary = batch.models.vocabulary(self.of) if self.of else batch.vocabulary
+        prior = LabelPrior(batch.models.prior(batch.acoustic, self.kind, of=self.of), vocabulary)
+        return held_to_words(prior) if self.words and vocabulary.digest() == batch.vocabulary.digest() else prior
+
+
+@registered
+@dataclass(frozen=True)
+class Internal(Attention):
+    """The language model inside a model that hears: its decoder without audio, subtracted where a better one is fused (2011.01991)."""
+
+    scale: float = -0.2
+
+    def native(self, batch: Batch) -> Scorer[Any]:
+        aed = batch.models.attention(self.model)
+        return batch.shared(f"internal {self.model}", lambda: aed.internal(len(batch.audios)))
 
 
 class Decoding(ABC):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,14 +18,14 @@ from transformers import PretrainedConfig
 
 from duolect.models import ModelError
 from duolect.models.aed import AttentionModel, load_attention_model
-from duolect.models.ctc import AcousticModel, CtcOutput, load_acoustic_model
+from duolect.models.ctc import AcousticModel, load_acoustic_model
 from duolect.models.embedded import MODELS, SHIPPED_MODELS, resolve
-from duolect.models.lm import HFCausalLM
+from duolect.models.lm import HFCausalLM, language_vocabulary
+from duolect.models.priors import read_prior
 from duolect.vocabulary import Vocabulary
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "float16"]
-PRIORS_FILE = "priors.json"
 KINDS = {
     "acoustic": ("a CTC acoustic model", "duolect-ctc"),
     "language": ("a causal language model", "smollm2-135m, duolect-unit-lm"),
@@ -35,10 +34,6 @@ KINDS = {
 """What models are asked for as: in words, and the embedded ones."""
 HUB_SECONDS = 5.0
 """A hub that does not answer by then is taken for unreachable; its client would try again for minutes."""
-
-
-class PriorError(ValueError):
-    """A prior is missing, or is not of this vocabulary."""
 
 
 @dataclass
@@ -70,12 +65,21 @@ class Models:
         options: dict[str, Any] = {"dtype": self.precision, "device": self.device}
         return self._once(("attention", name), lambda: load_attention_model(place_of(name, "attention"), **options))
 
-    def prior(self, acoustic: str, kind: str) -> Tensor:
-        """[V] log-prior of the labels of an acoustic model, as `duolect prior` stored it in the model's folder; `uniform` needs no file."""
+    def vocabulary(self, name: str) -> Vocabulary:
+        """The vocabulary of a language model or decoder, for which none is loaded that is not already."""
+        loaded = (model for key, model in self._loaded.items() if key[0] in ("language", "attention") and key[1] == name)
+        model = next(loaded, None)
+        if model is not None:
+            return model.vocabulary
+        return self._once(("vocabulary", name), lambda: language_vocabulary(place_of(name, "language")))
+
+    def prior(self, acoustic: str, kind: str, *, of: str = "") -> Tensor:
+        """[V] log-prior of the labels of an acoustic model, or (kind `llm`) of the language model `of`, as `duolect prior` stored it in the
+        acoustic model's folder; `uniform` needs no file."""
+        vocabulary = self.vocabulary(of) if kind == "llm" else self.acoustic(acoustic).vocabulary
         if kind == "uniform":
-            size = self.acoustic(acoustic).vocabulary.size
-            return torch.full((size,), -math.log(size))
-        return self._once(("prior", acoustic, kind), lambda: read_prior(Path(resolve(acoustic)), kind, self.acoustic(acoustic).vocabulary))
+            return torch.full((vocabulary.size,), -math.log(vocabulary.size))
+        return self._once(("prior", acoustic, kind, of), lambda: read_prior(Path(resolve(acoustic)), kind, vocabulary))
 
     def scales_folder(self, acoustic: str) -> Path | None:
         """Where an acoustic model keeps the scales that were tuned for it; None for a model that is not in a folder."""
@@ -84,7 +88,9 @@ class Models:
 
     def _once(self, key: tuple[str, ...], load: Callable[[], T]) -> T:
         if key not in self._loaded:
-            self.say(f"loading {key[0]} model {key[1]}" if key[0] != "prior" else f"reading {key[2]} prior of {key[1]}")
+            self.say(
+                f"reading {key[2]} prior of {key[1]}" if key[0] == "prior" else f"loading {key[0]}{' model' * (key[0] in KINDS)} {key[1]}"
+            )
             self._loaded[key] = load()
         return self._loaded[key]
 
@@ -129,46 +135,3 @@ def _require_hub(name: str) -> None:
             cause = " ".join(str(error).split())[:120]
             raise ModelError(f"{name}: no folder here, and the hub does not give it ({cause}): check name and network") from error
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # what is cached then loads at once
-
-
-def read_prior(folder: Path, kind: str, vocabulary: Vocabulary) -> Tensor:
-    """[V] the prior called `kind` in a model folder's priors.json. Raises PriorError."""
-    path = folder / PRIORS_FILE
-    if not path.is_file():
-        raise PriorError(f"{path} is missing: estimate priors with `duolect prior --am {folder} --data <manifest>`, or decode without one")
-    stored = json.loads(path.read_text())
-    if stored.get("vocabulary") != vocabulary.digest():
-        raise PriorError(f"{path} is of vocabulary {stored.get('vocabulary')}, the model has {vocabulary.digest()}: estimate it anew")
-    if kind not in stored["priors"]:
-        raise PriorError(f"{path} has no prior {kind!r}; it has {', '.join(stored['priors'])}")
-    return torch.tensor(stored["priors"][kind])
-
-
-def softmax_prior(outputs: Sequence[CtcOutput], vocabulary: Vocabulary, *, smoothing: float = 1e-4) -> Tensor:
-    """[V] log of the mean CTC softmax over all frames, blank taken out and the rest renormalized (paper.md 1.11).
-
-    A `smoothing` share is uniform, so that labels the model never emits (unk, bos) do not become an unbounded bonus.
-    """
-    total = torch.zeros(vocabulary.size, dtype=torch.float64)
-    for output in outputs:
-        real = torch.arange(output.log_probs.shape[1])[None] < output.lengths[:, None]
-        total += output.log_probs.double().exp()[real].sum(0)
-    return _normalized(total, vocabulary, smoothing)
-
-
-def count_prior(texts: Sequence[str], vocabulary: Vocabulary, *, smoothing: float = 0.1) -> Tensor:
-    """[V] log of the label counts of transcripts, a `smoothing` share uniform (paper.md 1.11)."""
-    total = torch.zeros(vocabulary.size, dtype=torch.float64)
-    for text in texts:
-        labels = torch.tensor(vocabulary.encode(text), dtype=torch.long)
-        total.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
-    return _normalized(total, vocabulary, smoothing)
-
-
-def _normalized(total: Tensor, vocabulary: Vocabulary, smoothing: float) -> Tensor:
-    spoken = torch.ones(vocabulary.size, dtype=torch.bool)
-    spoken[[x for x in (vocabulary.blank, vocabulary.eos) if x is not None]] = False
-    share = torch.where(spoken, total, 0.0)
-    share = share / share.sum().clamp(min=1e-30)
-    uniform = spoken.double() / spoken.sum()
-    return torch.where(spoken, (1 - smoothing) * share + smoothing * uniform, 1.0).log().float()

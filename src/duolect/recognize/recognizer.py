@@ -19,8 +19,9 @@ from duolect.data.batching import batches_by_seconds
 from duolect.data.utterance import Utterance, load_audio
 from duolect.models import ModelError
 from duolect.models.ctc import AcousticModel, CtcOutput
+from duolect.models.priors import PriorError
 from duolect.recognize.decoding import Batch, Decoding
-from duolect.recognize.models import Models, PriorError
+from duolect.recognize.models import Models
 from duolect.scorer import Hypothesis, Recognized
 from duolect.search.align import Word, align, pauses, words
 from duolect.search.fusion import SearchError, TextPolicy
