@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from tests.models.test_decoder import tiny_whisper
 
 
 def ingredients(zoo) -> Ingredients:
-    names = {"lm": str(zoo["llm"]), "unit_lm": str(zoo["unit"]), "aed": "tiny", "speech_llm": str(zoo["sllm"])}
+    names: Any = {"lm": (str(zoo["llm"]),), "unit_lm": str(zoo["unit"]), "aed": "tiny", "speech_llm": str(zoo["sllm"])}
     return Ingredients(**names, beam=4, nbest=6, interval=3, aed_beam=2, sllm_beam=2)
 
 
@@ -72,9 +73,9 @@ def test_several_decodings_share_one_encoding_and_keep_apart(zoo, models):
 def test_fusion_at_the_end_equals_rescoring_the_file(zoo, models, tmp_path):
     x = ingredients(zoo)
     plain = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6)})
-    fused = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6, {"llm": Language(x.lm, 0.4, AtEnd())})})
+    fused = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6, {"llm": Language(x.lm[0], 0.4, AtEnd())})})
     lines = decode_to_files(plain, open_source(zoo["corpus"]).utterances, {"it": tmp_path / "nbest.jsonl"}, progress=False)["it"]
-    lm = models.language(x.lm)
+    lm = models.language(x.lm[0])
     lists = rescored([r.nbest for r in lines], name="llm", scorer=lm, labels=labels_for(lm.vocabulary, [h for r in lines for h in r.nbest]))
     for hypotheses, line in zip(lists, recognized(fused, zoo, "it"), strict=True):
         ours = {h.labels: h.parts["llm"] for h in hypotheses}
