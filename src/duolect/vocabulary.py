@@ -75,8 +75,10 @@ class Vocabulary(ABC):
     @cached_property
     def label_texts(self) -> tuple[str, ...]:
         """What each label adds to a text that is there already: ` the`, `ing`, a space for a separator, nothing for special labels."""
-        texts = (self.decode([i]).strip().removeprefix("##") for i in range(self.size))
-        return tuple(" " * start + text for start, text in zip(self.word_starts, texts, strict=True))
+        texts = (self.decode([i]) for i in range(self.size))
+        return tuple(
+            " " * (start or x != x.lstrip()) + x.strip().removeprefix("##") for start, x in zip(self.word_starts, texts, strict=True)
+        )
 
     def described(self) -> str:
         """Its kind and size, for people: `SentencePiece 256`."""

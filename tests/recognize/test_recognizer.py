@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from duolect.config import ConfigError, from_json, to_json
 from duolect.data.sources import open_source
@@ -22,9 +26,13 @@ from duolect.recognize.models import Models, PriorError
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer, Segment, timed_words
 from duolect.scorer import Hypothesis, Recognized, read_hypotheses
-from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError
+from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError, TextPolicy
 from duolect.search.rescore import labels_for, rescored
+from duolect.vocabulary import TokenizerVocabulary
+from tests.conftest import tiny_lm
 from tests.models.test_decoder import tiny_whisper
+from tests.oracles import lm_from_scratch
+from tests.recognize.conftest import TEXTS
 
 
 def ingredients(zoo) -> Ingredients:
@@ -357,3 +365,28 @@ def test_a_uniform_prior_is_a_bonus_per_label(zoo, models, tmp_path):
             assert h.parts["length"] == pytest.approx(-np.log(vocabulary.size) * spoken, rel=1e-5)
         lengths.append(sum(len(nbest[0].labels) for nbest in found))
     assert lengths[0] > lengths[1]
+
+
+def test_words_are_written_as_the_model_says_unless_the_term_does(zoo, models):
+    name, loud = str(zoo["llm"]), TextPolicy(case="upper")
+    plain = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6, {"llm": Language(name, 0.4, AtEnd())})})
+    asked = replace(plain, decodings={"it": TimeSynchronous(6, {"llm": Language(name, 0.4, AtEnd(), policy=loud)})})
+    before, wanted = ([[dict(h.parts) for h in r.nbest] for r in recognized(x, zoo, "it")] for x in (plain, asked))
+    models.language(name).policy = loud
+    assert [[dict(h.parts) for h in r.nbest] for r in recognized(plain, zoo, "it")] == wanted != before
+
+
+def test_a_tokenizer_that_merges_across_spaces_rescores_whole_texts(zoo, models, tmp_path):
+    merging = Tokenizer(BPE())
+    merging.train_from_iterator([*TEXTS, "the cat sat"] * 5, BpeTrainer(vocab_size=60, special_tokens=["</s>"], show_progress=False))
+    vocabulary = TokenizerVocabulary(PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="</s>"))
+    assert vocabulary.word_joint == "none"
+    lm = tiny_lm("llama", vocabulary)
+    lm.model.save_pretrained(tmp_path / "lm")
+    vocabulary.save(tmp_path / "lm")
+    fused = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(4, {"llm": Language(str(tmp_path / "lm"), 0.4, AtEnd())})})
+    with pytest.raises(SearchError, match=r"merges across spaces.*decode with --decoding ctc, then `duolect rescore --lm"):
+        recognized(fused, zoo, "it")
+    text = "ab abba ba"
+    (found,) = rescored([[Hypothesis((), text, {})]], name="llm", scorer=lm, labels=labels_for(vocabulary, []))
+    assert found[0].parts["llm"] == pytest.approx(lm_from_scratch(lm, vocabulary.encode(text)), abs=1e-4)

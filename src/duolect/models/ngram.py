@@ -139,7 +139,10 @@ def load_ngram(path: str | Path, *, over: Vocabulary | None = None, prompt: str 
     config = kenlm.Config()
     config.show_progress, config.arpa_complain = False, kenlm.ARPALoadComplain.NONE
     try:
+        Path(path).open("rb").close()
         model = kenlm.Model(str(path), config)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: there is no such file: name an n-gram ({', '.join(NGRAM_FILES)})") from error
     except (OSError, RuntimeError) as error:
         cause = " ".join(str(error).split())[-160:]
         raise ModelError(f"{path}: is no n-gram that KenLM reads, expected ARPA (.arpa, .arpa.gz) or its binary (... {cause})") from error
