@@ -6,6 +6,7 @@ import math
 import re
 import string
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,8 +80,7 @@ class NgramScorer(Scorer[States]):
     def __init__(
         self, model: Any, vocabulary: Vocabulary, *, prompt: str = "", oov: float = 0.0, writing: dict[str, Any] | None = None
     ) -> None:
-        import kenlm
-
+        kenlm: Any = import_module("kenlm")
         self.model, self.vocabulary, self.oov, self.writing = model, vocabulary, oov, writing or {}
         self._new, self._known = kenlm.State, dict[Any, Tensor]()
         begin = kenlm.State()
@@ -131,7 +131,7 @@ class NgramScorer(Scorer[States]):
 def load_ngram(path: str | Path, *, over: Vocabulary | None = None, prompt: str = "", oov: float = 0.0) -> NgramScorer:
     """The scorer of an ARPA or binary file: over the labels of `over` where the file has those, else over words. Raises ModelError."""
     try:
-        import kenlm
+        kenlm: Any = import_module("kenlm")
     except ImportError as error:
         raise ModelError(
             f"{path}: n-grams need KenLM, which is not installed: pip install kenlm (its build needs cmake and g++)"
