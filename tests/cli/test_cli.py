@@ -346,6 +346,8 @@ def test_language_models_together_each_by_its_labels(duolect, zoo, with_models, 
     (tmp_path / "llm+llm2.json").write_text(json.dumps({"scales": {"ctc": 1.0, "llm": 0.1, "llm2": 0.2}}))
     code, _, err = duolect(*both[:-1], tmp_path / "b.jsonl", "--scales", tmp_path, "--set", "terms.llm2.scale=0.25")
     assert code == 0 and "llm 0.1, llm2 0.2, ctc 1 (tuned on" in err
+    code, _, err = duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models, "--lm", zoo["unit"], zoo["llm"])
+    assert code == 0 and "scales llm: llm 0.3, llm2 0.3" in err, "whoever names several means these"
     # Label-wise fusion of one in the same labels is what the unit LM's preset does.
     for out, how in (("c", ["--fusion", "labelwise", "--lm", zoo["unit"]]), ("d", ["--decoding", "labelwise"])):
         assert duolect(*data, *how, "--out", tmp_path / f"{out}.jsonl")[0] == 0

@@ -94,7 +94,7 @@ def of_one_folder(options: ModelOptions) -> ModelOptions:
 
 
 def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
-    """The name of a decoding, `auto` replaced: both language models where the unit LM speaks the acoustic model's units."""
+    """The name of a decoding, `auto` replaced: the unit LM, too, where it speaks the acoustic model's units and there is one --lm."""
     from duolect.recognize.models import place_of
     from duolect.vocabulary import VocabularyError, load_vocabulary
 
@@ -102,6 +102,8 @@ def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
         return decoding
     if options.model:
         return "sllm+ctc-label" if options.speech_llm == options.model else "aed+ctc-label" if options.aed == options.model else "delayed"
+    if len(options.lm) > 1:
+        return "--fusion auto"
     try:
         same = load_vocabulary(place_of(options.unit_lm, "language")).digest() == models.acoustic(options.am).vocabulary.digest()
     except VocabularyError:

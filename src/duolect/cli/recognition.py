@@ -41,7 +41,7 @@ def transcribe(
         files: Audio files, folders of them, or manifests.
         models: Models.
         decoding: A named decoding (see `duolect compare --help`) or a JSON file; auto: labelwise-delayed where the unit LM has the
-            acoustic model's units, else as --fusion auto; with --model its decoder and CTC together.
+            acoustic model's units and there is one --lm, else as --fusion auto; with --model its decoder and CTC together.
         fusion: How the models of --am and --lm are joined, in place of --decoding; auto: label-wise where the labels are the same, else
             delayed.
         format: What is written: plain text, or with word times and confidences.
@@ -113,7 +113,7 @@ def decode(
         out: The hypotheses file.
         models: Models.
         decoding: A named decoding (see `duolect compare --help`) or a JSON file; auto: labelwise-delayed where the unit LM has the
-            acoustic model's units, else as --fusion auto.
+            acoustic model's units and there is one --lm, else as --fusion auto.
         fusion: How the models of --am and --lm are joined, in place of --decoding (see `duolect transcribe --help`).
         set: Changes a field of the decoding: --set beam=16 --set terms.llm.scale=0.3
         keep: At most so many hypotheses a line.
