@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from duolect.vocabulary import Vocabulary
 
@@ -27,6 +27,7 @@ class Scorer(ABC, Generic[State]):
     """
 
     vocabulary: Vocabulary
+    rewards: ClassVar[bool] = False  # whether a further label may score above 0, which no log-probability does
 
     @abstractmethod
     def start(self, rows: int) -> State:

@@ -27,6 +27,7 @@ class Vocabulary(ABC):
     the indices' meaning without blank, so that a CTC model and a language model in its units agree.
     """
 
+    kind: str
     size: int
     blank: int | None
     bos: int
@@ -71,6 +72,18 @@ class Vocabulary(ABC):
         """`starts_word` of every label."""
         return tuple(self.starts_word(i) for i in range(self.size))
 
+    @cached_property
+    def label_texts(self) -> tuple[str, ...]:
+        """What each label adds to a text that is there already: ` the`, `ing`, a space for a separator, nothing for special labels."""
+        texts = (self.decode([i]) for i in range(self.size))
+        return tuple(
+            " " * (start or x != x.lstrip()) + x.strip().removeprefix("##") for start, x in zip(self.word_starts, texts, strict=True)
+        )
+
+    def described(self) -> str:
+        """Its kind and size, for people: `SentencePiece 256`."""
+        return f"{self.kind} {self.size - (self.blank is not None)}"
+
     def encode_word(self, word: str, *, first: bool) -> list[int]:
         """Labels of one word inside a text (`first`: nothing precedes it), such that whole text == its words in a row.
 
@@ -112,6 +125,8 @@ class Vocabulary(ABC):
 class SentencePieceVocabulary(Vocabulary):
     """A SentencePiece model, and optionally a blank behind its pieces (index size-1)."""
 
+    kind = "SentencePiece"
+
     def __init__(self, model: bytes, *, blank: Literal["last", "none"]) -> None:
         import sentencepiece
 
@@ -149,6 +164,8 @@ class SentencePieceVocabulary(Vocabulary):
 
 class CharacterVocabulary(Vocabulary):
     """Single symbols in a fixed order, as wav2vec2-type CTC models have them; `delimiter` stands for the space."""
+
+    kind = "characters"
 
     def __init__(
         self,
@@ -206,6 +223,7 @@ class TokenizerVocabulary(Vocabulary):
 
     def __init__(self, tokenizer: Any, *, bos: int | None = None, eos: int | None = None, blank: int | None = None) -> None:
         self.tokenizer = tokenizer
+        self.kind = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", tokenizer)).__name__  # BPE, WordPiece, ...
         self._pieces = [str(p) for p in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
         self.size = max(len(self._pieces), 1 + (blank if blank is not None else -1))
         self.blank = blank

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ import soundfile
 from duolect.recognize.presets import PRESETS
 from duolect.recognize.recognizer import Recognizer
 from duolect.scorer import read_hypotheses
+from duolect.vocabulary import load_vocabulary
+from tests.arpa import write_arpa
+from tests.recognize.conftest import TEXTS
 
 
 def stopped_after(done, duolect, command, monkeypatch):
@@ -305,3 +309,106 @@ def test_what_a_speech_llm_needs_is_said(duolect, zoo, tmp_path):
     assert code == 2 and "expected ctc, aed or speech_llm" in err
     code, _, err = duolect("transcribe", audio, "--speech-llm", zoo["am"], "--am", zoo["am"], "--decoding", "sllm", "--device", "cpu")
     assert code == 2 and "is a CTC acoustic model, expected an attention encoder-decoder or speech LLM" in err
+
+
+FUSED = [
+    ("delayed", "delayed every 20 frames"),
+    ("rescore", "n-best rescoring"),
+    ("word-end", "delayed to word ends"),
+    ("shortest", "delayed until the shortest hypothesis has 4 more labels"),
+    ("auto", "delayed every 20 frames"),
+]
+
+
+@pytest.mark.parametrize(("fusion", "when"), FUSED)
+def test_any_language_model_is_joined_in_one_line_that_is_explained(duolect, zoo, with_models, fusion, when):
+    code, out, err = duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models, "--fusion", fusion)
+    assert code == 0 and out
+    size = load_vocabulary(zoo["am"]).size - 1
+    assert f"fusion: {when}; {zoo['llm']} reads words (BPE " in err and f") of {zoo['am']} (SentencePiece {size})" in err
+    assert "prior: none (`duolect prior`" in err
+
+
+def test_language_models_together_each_by_its_labels(duolect, zoo, with_models, tmp_path):
+    data = ["decode", "--data", zoo["corpus"], *with_models]
+    both = [*data, "--lm", zoo["unit"], zoo["llm"], "--fusion", "auto", "--out", tmp_path / "a.jsonl"]
+    code, _, err = duolect(*both)
+    assert code == 0 and "scales llm: llm 0.3, llm2 0.3 (not tuned" in err and "writes llm+llm2.json" in err
+    assert f"fusion: label-wise; {zoo['unit']} reads the labels of" in err and f"fusion: delayed every 20 frames; {zoo['llm']} reads" in err
+    assert {frozenset(h.parts) for r in read_hypotheses(tmp_path / "a.jsonl") for h in r.nbest} == {frozenset({"ctc", "llm", "llm2"})}
+    (tmp_path / "llm+llm2.json").write_text(json.dumps({"scales": {"ctc": 1.0, "llm": 0.1, "llm2": 0.2}}))
+    code, _, err = duolect(*both[:-1], tmp_path / "b.jsonl", "--scales", tmp_path, "--set", "terms.llm2.scale=0.25")
+    assert code == 0 and "llm 0.1, llm2 0.2, ctc 1 (tuned on" in err
+    code, _, err = duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models, "--lm", zoo["unit"], zoo["llm"])
+    assert code == 0 and "scales llm: llm 0.3, llm2 0.3" in err, "whoever names several means these"
+    # Label-wise fusion of one in the same labels is what the unit LM's preset does.
+    for out, how in (("c", ["--fusion", "labelwise", "--lm", zoo["unit"]]), ("d", ["--decoding", "labelwise"])):
+        assert duolect(*data, *how, "--out", tmp_path / f"{out}.jsonl")[0] == 0
+    c, d = ([[h.score({p: 1.0 for p in h.parts}) for h in r.nbest] for r in read_hypotheses(tmp_path / f"{x}.jsonl")] for x in "cd")
+    assert c == d
+
+
+def test_pairs_that_cannot_be_fused_say_what_can(duolect, zoo, with_models):
+    audio = zoo["corpus"] / "u0.wav"
+    code, _, err = duolect("transcribe", audio, *with_models, "--fusion", "labelwise")
+    assert code == 2 and "cannot be fused label-wise: it reads words (BPE " in err and "--fusion delayed, word-end" in err
+    code, _, err = duolect("transcribe", audio, *with_models, "--fusion", "delayed", "--decoding", "ctc")
+    assert code == 2 and "name one of the two" in err
+
+
+def test_the_prior_that_is_used_is_said(duolect, zoo, with_models):
+    _, _, err = duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models, "--decoding", "delayed-prior")
+    assert f"prior: softmax of {zoo['am']}, scale -0.2" in err and "prior: none" not in err
+    _, _, err = duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models, "--decoding", "ctc")
+    assert "prior:" not in err and "fusion:" not in err
+
+
+@pytest.mark.parametrize("units", ["words", "labels"])
+def test_an_ngram_works_wherever_a_language_model_does(duolect, zoo, with_models, tmp_path, units):
+    pytest.importorskip("kenlm")
+    vocabulary = load_vocabulary(zoo["am"])
+    sentences = [t.split() if units == "words" else [vocabulary.piece(y) for y in vocabulary.encode(t)] for t in TEXTS * 3]
+    lm = ["--lm", write_arpa(tmp_path / "lm.arpa", sentences)]
+    data = ["--data", zoo["corpus"], *with_models, *lm, "--nbest", "6"]
+    code, _, err = duolect("decode", *data, "--fusion", "rescore", "--out", tmp_path / "a.jsonl")
+    assert code == 0 and ("reads words (3-gram) of" if units == "words" else "reads the labels of") in err
+    assert duolect("decode", *data, "--decoding", "ctc", "--out", tmp_path / "ctc.jsonl")[0] == 0
+    am = ["--am", zoo["am"]] if units == "labels" else []
+    code, _, _ = duolect("rescore", "--hypotheses", tmp_path / "ctc.jsonl", "--out", tmp_path / "b.jsonl", *lm, *am, "--scale", "0.4")
+    assert code == 0
+    a, b = ([{h.labels: round(h.parts["llm"], 3) for h in r.nbest} for r in read_hypotheses(tmp_path / f"{x}.jsonl")] for x in "ab")
+    assert [x.keys() for x in a] == [x.keys() for x in b]
+    for x, y in zip(a, b, strict=True):
+        assert x == pytest.approx(y, abs=2e-3), "rescoring in the search and of the file are one"
+    text = ["--fusion", "labelwise"] if units == "labels" else ["--fusion", "delayed"]
+    assert duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models, *lm, *text)[0] == 0
+    (tmp_path / "d.json").write_text(
+        json.dumps(
+            {"type": "TimeSynchronous", "terms": {"llm": {"type": "Language", "model": str(lm[1]), "oov": 2.0, "when": {"type": "AtEnd"}}}}
+        )
+    )
+    out = ["--decodings", "ctc", "rescore", tmp_path / "d.json", "--out", tmp_path / "table"]
+    assert duolect("compare", *data, *out)[0] == 0
+
+
+def test_context_phrases_are_rewarded_in_any_search(duolect, zoo, with_models, tmp_path):
+    (tmp_path / "words.txt").write_text("bab aa\t2.0\n\nabba\n")
+    data = ["decode", "--data", zoo["corpus"], *with_models, "--decoding", "ctc"]
+    code, _, _ = duolect(*data, "--out", tmp_path / "a.jsonl", "--context", tmp_path / "words.txt", "bb", "--context-scale", "3")
+    assert code == 0
+    for line in read_hypotheses(tmp_path / "a.jsonl"):
+        for h in line.nbest:
+            words = h.text.split()
+            wanted = 2.0 * 5 * sum(p == ("bab", "aa") for p in pairwise(words)) + 4 * words.count("abba") + 2 * words.count("bb")
+            assert h.parts["context"] == pytest.approx(wanted, abs=1e-4)
+        assert [h.parts["ctc"] + 3 * h.parts["context"] for h in line.nbest] == sorted(
+            (h.parts["ctc"] + 3 * h.parts["context"] for h in line.nbest), reverse=True
+        )
+    assert sum(line.nbest[0].parts["context"] > 0 for line in read_hypotheses(tmp_path / "a.jsonl")) > 2
+    code, _, err = duolect(*data[:-1], "ctc-greedy", "--out", tmp_path / "b.jsonl", "--context", "Krige")
+    assert code == 0 and "--context does nothing in ctc-greedy" in err
+    code, _, err = duolect(*data, "--out", tmp_path / "c.jsonl", "--context", "Krige")
+    assert code == 0 and "never writes some letters of these phrases: krige" in err
+    (tmp_path / "words.txt").write_text("abba\tmuch\n")
+    code, _, err = duolect(*data, "--out", tmp_path / "d.jsonl", "--context", tmp_path / "words.txt")
+    assert code == 2 and "words.txt:1: 'much' is no weight" in err

@@ -7,10 +7,15 @@ import os
 import shutil
 import time
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from duolect.config import ConfigError, from_json, to_json
 from duolect.data.sources import open_source
@@ -22,13 +27,17 @@ from duolect.recognize.models import Models
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer, Segment, timed_words
 from duolect.scorer import Hypothesis, Recognized, read_hypotheses
-from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError
+from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError, TextPolicy
 from duolect.search.rescore import labels_for, labels_of_text, rescored
+from duolect.vocabulary import TokenizerVocabulary
+from tests.conftest import tiny_lm
 from tests.models.test_decoder import tiny_whisper
+from tests.oracles import lm_from_scratch
+from tests.recognize.conftest import TEXTS
 
 
 def ingredients(zoo) -> Ingredients:
-    names = {"lm": str(zoo["llm"]), "unit_lm": str(zoo["unit"]), "aed": "tiny", "speech_llm": str(zoo["sllm"])}
+    names: Any = {"lm": (str(zoo["llm"]),), "unit_lm": str(zoo["unit"]), "aed": "tiny", "speech_llm": str(zoo["sllm"])}
     return Ingredients(**names, beam=4, nbest=6, interval=3, aed_beam=2, sllm_beam=2)
 
 
@@ -73,9 +82,9 @@ def test_several_decodings_share_one_encoding_and_keep_apart(zoo, models):
 def test_fusion_at_the_end_equals_rescoring_the_file(zoo, models, tmp_path):
     x = ingredients(zoo)
     plain = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6)})
-    fused = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6, {"llm": Language(x.lm, 0.4, AtEnd())})})
+    fused = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6, {"llm": Language(x.lm[0], 0.4, AtEnd())})})
     lines = decode_to_files(plain, open_source(zoo["corpus"]).utterances, {"it": tmp_path / "nbest.jsonl"}, progress=False)["it"]
-    lm = models.language(x.lm)
+    lm = models.language(x.lm[0])
     lists = rescored([r.nbest for r in lines], name="llm", scorer=lm, labels=labels_for(lm.vocabulary, [h for r in lines for h in r.nbest]))
     for hypotheses, line in zip(lists, recognized(fused, zoo, "it"), strict=True):
         ours = {h.labels: h.parts["llm"] for h in hypotheses}
@@ -390,3 +399,28 @@ def test_a_uniform_prior_is_a_bonus_per_label(zoo, models, tmp_path):
             assert h.parts["length"] == pytest.approx(-np.log(vocabulary.size) * spoken, rel=1e-5)
         lengths.append(sum(len(nbest[0].labels) for nbest in found))
     assert lengths[0] > lengths[1]
+
+
+def test_words_are_written_as_the_model_says_unless_the_term_does(zoo, models):
+    name, loud = str(zoo["llm"]), TextPolicy(case="upper")
+    plain = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6, {"llm": Language(name, 0.4, AtEnd())})})
+    asked = replace(plain, decodings={"it": TimeSynchronous(6, {"llm": Language(name, 0.4, AtEnd(), policy=loud)})})
+    before, wanted = ([[dict(h.parts) for h in r.nbest] for r in recognized(x, zoo, "it")] for x in (plain, asked))
+    models.language(name).policy = loud
+    assert [[dict(h.parts) for h in r.nbest] for r in recognized(plain, zoo, "it")] == wanted != before
+
+
+def test_a_tokenizer_that_merges_across_spaces_rescores_whole_texts(zoo, models, tmp_path):
+    merging = Tokenizer(BPE())
+    merging.train_from_iterator([*TEXTS, "the cat sat"] * 5, BpeTrainer(vocab_size=60, special_tokens=["</s>"], show_progress=False))
+    vocabulary = TokenizerVocabulary(PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="</s>"))
+    assert vocabulary.word_joint == "none"
+    lm = tiny_lm("llama", vocabulary)
+    lm.model.save_pretrained(tmp_path / "lm")
+    vocabulary.save(tmp_path / "lm")
+    fused = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(4, {"llm": Language(str(tmp_path / "lm"), 0.4, AtEnd())})})
+    with pytest.raises(SearchError, match=r"merges across spaces.*decode with --decoding ctc, then `duolect rescore --lm"):
+        recognized(fused, zoo, "it")
+    text = "ab abba ba"
+    (found,) = rescored([[Hypothesis((), text, {})]], name="llm", scorer=lm, labels=labels_for(vocabulary, []))
+    assert found[0].parts["llm"] == pytest.approx(lm_from_scratch(lm, vocabulary.encode(text)), abs=1e-4)

@@ -104,7 +104,7 @@ def ppl(
     from duolect.cli.options import device_of, quiet
     from duolect.data.text import TextLines
     from duolect.evaluate.perplexity import Scored, json_rows, perplexities, plain_rows
-    from duolect.recognize.decoding import WRITTEN
+    from duolect.recognize.decoding import policy_of
     from duolect.recognize.models import Models
     from duolect.run import write_json
     from duolect.search.rescore import text_scores
@@ -117,7 +117,7 @@ def ppl(
     rows = []
     for name in lm:
         scorer = models.language(name, prompt=prompt)
-        policy = WRITTEN[scorer.written]
+        policy = policy_of(scorer)
         for path, lines in sources.items():
             chosen = range(len(lines))[:: max(1, -(-len(lines) // limit) if limit else 1)]
             scored: list[Scored] = []

@@ -23,8 +23,8 @@ class ModelOptions:
 
     am: str = "duolect-ctc"
     """CTC acoustic model: an embedded name, a model folder, a hub id."""
-    lm: str = "smollm2-135m"
-    """Language model: an embedded name, a folder, a .gguf file, a hub id; any tokenizer."""
+    lm: tuple[str, ...] = ("smollm2-135m",)
+    """Language models, one or several: embedded names, folders, .gguf files, hub ids, KenLM's .arpa and .bin files; any tokenizer."""
     unit_lm: str = "duolect-unit-lm"
     """Language model in the acoustic model's own labels, for label-wise fusion."""
     aed: str = "whisper-base"
@@ -43,6 +43,10 @@ class ModelOptions:
     """Frames between two scorings of delayed fusion."""
     prompt: str = ""
     """Text the language model reads before every transcript: a topic, names, a sentence in the right style."""
+    context: tuple[str, ...] = ()
+    """Phrases to expect (names, terms), or files of one a line, each line with a weight behind a tab if you like."""
+    context_scale: float = 1.0
+    """Bonus of a phrase in nats for each of its letters (times its weight)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -69,6 +73,8 @@ def recognizer_for(
     decodings = {name: _chosen(which, options, models) for name, which in decodings.items()}
     ingredients = _ingredients(options, models, decodings.values(), warn)
     made = {name: decoding_of(which, ingredients, overrides) for name, which in decodings.items()}
+    for name in (name for name, decoding in made.items() if ingredients.context and "context" not in decoding.terms):
+        models.say(f"warning: --context does nothing in {decodings[name]}, which does not search: use ctc, delayed, labelwise, aed, ...")
     return Recognizer(models, options.am, made, batch_seconds=options.batch_seconds, word_times=word_times)
 
 
@@ -88,7 +94,7 @@ def of_one_folder(options: ModelOptions) -> ModelOptions:
 
 
 def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
-    """The name of a decoding, `auto` replaced: both language models where the unit LM speaks the acoustic model's units."""
+    """The name of a decoding, `auto` replaced: the unit LM, too, where it speaks the acoustic model's units and there is one --lm."""
     from duolect.recognize.models import place_of
     from duolect.vocabulary import VocabularyError, load_vocabulary
 
@@ -96,17 +102,21 @@ def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
         return decoding
     if options.model:
         return "sllm+ctc-label" if options.speech_llm == options.model else "aed+ctc-label" if options.aed == options.model else "delayed"
+    if len(options.lm) > 1:
+        return "--fusion auto"
     try:
         same = load_vocabulary(place_of(options.unit_lm, "language")).digest() == models.acoustic(options.am).vocabulary.digest()
     except VocabularyError:
         same = False
-    return "labelwise-delayed" if same else "delayed"
+    return "labelwise-delayed" if same else "--fusion auto"
 
 
 def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Sequence[Mapping[str, Any]]) -> Ingredients:
     from duolect.evaluate.tune import read_scales, same_corpus_warning
-    from duolect.recognize.presets import DEFAULT_SCALES, PRESETS, Ingredients
+    from duolect.recognize.presets import DEFAULT_SCALES, FUSIONS, PRESETS, Ingredients, default_scales, parts_of
 
+    if not options.lm:
+        raise ValueError("--lm names no language model: name one or several, or leave the option out")
     if min(options.beam, options.nbest) < 1:
         raise ValueError(f"a beam of {min(options.beam, options.nbest)} holds no hypothesis: give 1 or more")
     folder = options.scales or models.scales_folder(options.am)
@@ -116,23 +126,37 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
         )
     scales = dict(DEFAULT_SCALES)
     references = {str(f["id"]): str(f.get("text", "")) for f in warn}
-    for wanted in sorted({p.scales for name in decodings if (p := PRESETS.get(name)) and p.scales}):
-        path = folder / f"{wanted}.json" if folder else None
+    for wanted in sorted({p.scales for name in decodings if (p := {**PRESETS, **FUSIONS}.get(name)) and p.scales}):
+        default, file = default_scales(wanted, options.lm), wanted.replace("llm", "+".join(parts_of(options.lm))) + ".json"
+        path = folder / file if folder else None
         if path is not None and path.is_file():
             tuned = read_scales(path)
-            if missing := set(DEFAULT_SCALES[wanted]) - set(tuned.scales):
+            if missing := set(default) - set(tuned.scales):
                 raise ValueError(
                     f"{path}: has scales for {', '.join(tuned.scales)}, but {wanted} needs {', '.join(missing)}: name the parts so"
                 )
-            scales[wanted] = {**DEFAULT_SCALES[wanted], **tuned.scales}
+            scales[wanted] = {**default, **tuned.scales}
             note = f"tuned on {tuned.corpus or path}"
             if warning := same_corpus_warning(tuned, references=references):
                 models.say(f"warning: {path.name}: {warning}")
         else:
-            note = f"not tuned for this pair of models: `duolect tune` writes {wanted}.json"
+            scales[wanted], note = default, f"not tuned for this pair of models: `duolect tune` writes {file}"
         models.say(f"scales {wanted}: " + ", ".join(f"{k} {v:g}" for k, v in scales[wanted].items()) + f" ({note})")
-    names = ("lm", "unit_lm", "aed", "speech_llm", "prompt", "beam", "nbest", "interval")
-    return Ingredients(scales=scales, **{name: getattr(options, name) for name in names})
+    names = ("lm", "unit_lm", "aed", "speech_llm", "prompt", "beam", "nbest", "interval", "context_scale")
+    return Ingredients(scales=scales, context=_phrases(options.context), **{name: getattr(options, name) for name in names})
+
+
+def _phrases(named: Sequence[str]) -> dict[str, float]:
+    """Phrases and their weights, of files or as they are."""
+    found: dict[str, float] = {}
+    for name in named:
+        for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines() if Path(name).is_file() else [name], start=1):
+            phrase, _, weight = line.partition("\t")
+            try:
+                found |= {phrase: float(weight or 1.0)} if phrase.strip() else {}
+            except ValueError:
+                raise ValueError(f"{name}:{number}: {weight!r} is no weight: expected phrase, tab, number") from None
+    return found
 
 
 def source_of(path: Path, failures: list[str]) -> Source | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from duolect.scorer import Recognized
 
 
+Fusion = Literal["auto", "delayed", "labelwise", "rescore", "word-end", "shortest"]
 DEMO = Path(__file__).parents[1] / "embedded" / "demo"
 
 
@@ -28,6 +29,7 @@ def transcribe(
     /,
     models: Annotated[ModelOptions, arg(name="")] = ModelOptions(),
     decoding: str = "auto",
+    fusion: Fusion | None = None,
     format: Literal["txt", "json", "srt", "vtt", "ctm"] = "txt",
     out: Path | None = None,
 ) -> int:
@@ -39,7 +41,9 @@ def transcribe(
         files: Audio files, folders of them, or manifests.
         models: Models.
         decoding: A named decoding (see `duolect compare --help`) or a JSON file; auto: labelwise-delayed where the unit LM has the
-            acoustic model's units, else delayed; with --model its decoder and CTC together.
+            acoustic model's units and there is one --lm, else as --fusion auto; with --model its decoder and CTC together.
+        fusion: How the models of --am and --lm are joined, in place of --decoding; auto: label-wise where the labels are the same, else
+            delayed.
         format: What is written: plain text, or with word times and confidences.
         out: Folder for one file per recording; without it everything goes to standard output.
     """
@@ -54,7 +58,7 @@ def transcribe(
         return report(failures)
     if out is None and count > 1 and format in ("srt", "vtt"):
         raise ValueError(f"{count} recordings in one {format} file would be none: name a folder for a file each with --out")
-    recognizer = recognizer_for(models, {"it": decoding}, word_times=format != "txt")
+    recognizer = recognizer_for(models, {"it": _joined(decoding, fusion)}, word_times=format != "txt")
     folder = Transcripts(out, {**settings_of(recognizer, "it"), "format": format}) if out is not None else None
     taken: set[str] = set()
     lines: list[Recognized] = []
@@ -75,6 +79,13 @@ def transcribe(
     return report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
 
 
+def _joined(decoding: str, fusion: Fusion | None) -> str:
+    """The name of the decoding that --decoding or --fusion ask for."""
+    if fusion is not None and decoding != "auto":
+        raise ValueError(f"--decoding {decoding} and --fusion {fusion}: name one of the two")
+    return decoding if fusion is None else f"--fusion {fusion}"
+
+
 def _printed(result: Recognized, format: Format, *, many: bool) -> str:
     from duolect.recognize.files import written
 
@@ -88,6 +99,7 @@ def decode(
     out: Path,
     models: Annotated[ModelOptions, arg(name="")] = ModelOptions(),
     decoding: str = "auto",
+    fusion: Fusion | None = None,
     set: UseAppendAction[tuple[str, ...]] = (),
     keep: int | None = None,
     words: bool = False,
@@ -101,7 +113,8 @@ def decode(
         out: The hypotheses file.
         models: Models.
         decoding: A named decoding (see `duolect compare --help`) or a JSON file; auto: labelwise-delayed where the unit LM has the
-            acoustic model's units, else delayed.
+            acoustic model's units and there is one --lm, else as --fusion auto.
+        fusion: How the models of --am and --lm are joined, in place of --decoding (see `duolect transcribe --help`).
         set: Changes a field of the decoding: --set beam=16 --set terms.llm.scale=0.3
         keep: At most so many hypotheses a line.
         words: Also times and confidences of the words.
@@ -115,7 +128,9 @@ def decode(
     if source is None:
         return report(failures)
     warn = [u.fields for u in source.utterances]
-    recognizer = recognizer_for(models, {"it": decoding}, overrides=pairs(set, such_as="beam=16"), word_times=words, warn=warn)
+    recognizer = recognizer_for(
+        models, {"it": _joined(decoding, fusion)}, overrides=pairs(set, such_as="beam=16"), word_times=words, warn=warn
+    )
     lines = decode_to_files(recognizer, source.utterances, {"it": out}, keep=keep)["it"]
     say_score(lines, data)
     return report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
@@ -125,6 +140,7 @@ def rescore(
     hypotheses: Path,
     out: Path,
     lm: str = "smollm2-135m",
+    am: str = "",
     name: str = "llm",
     scale: float | None = None,
     scales: Path | None = None,
@@ -141,6 +157,7 @@ def rescore(
         hypotheses: A file from `duolect decode`.
         out: The file to write.
         lm: Language model; one in the hypotheses' own labels is recognized by its vocabulary, any other scores the text.
+        am: Acoustic model of the hypotheses; asked for only where the language model is an n-gram over its labels.
         name: What the new part is called.
         scale: Its scale, the others' being 1; without --scale and --scales only the part is added, for `duolect tune`.
         scales: A scales file of `duolect tune`: ranks by all its scales.
@@ -151,6 +168,7 @@ def rescore(
     """
     from tqdm import tqdm
 
+    from duolect.recognize.decoding import policy_of
     from duolect.recognize.models import Models
     from duolect.scorer import read_hypotheses, write_hypotheses
     from duolect.search.rescore import labels_for, ranked, rescored
@@ -163,8 +181,10 @@ def rescore(
         raise ValueError(f"{hypotheses}: the hypotheses have a part {name!r} already: choose another --name")
     weights = _weights(name, scale, scales, parts, lines)
     quiet()
-    scorer = Models(device=device_of(device), precision=precision).language(lm, prompt=prompt)
-    labels = labels_for(scorer.vocabulary, [h for line in lines for h in line.nbest], begun=bool(prompt.strip()))
+    models = Models(device=device_of(device), precision=precision)
+    scorer = models.language(lm, prompt=prompt, over=models.acoustic(am).vocabulary if am else None)
+    found, begun = [h for line in lines for h in line.nbest], bool(prompt.strip())
+    labels = labels_for(scorer.vocabulary, found, policy=policy_of(scorer), begun=begun)
     done = []
     for start in tqdm(range(0, len(lines), batch), unit="batch", disable=not sys.stderr.isatty()):
         part = lines[start : start + batch]

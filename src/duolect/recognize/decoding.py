@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -15,12 +15,12 @@ from duolect.config import registered
 from duolect.models.ctc import CtcOutput
 from duolect.recognize.models import Models
 from duolect.scorer import Hypothesis, Scorer
+from duolect.search.context import ContextScorer
 from duolect.search.ctc import ctc_beam_search, ctc_greedy
 from duolect.search.draft import Draft, greedy_with_drafts
 from duolect.search.fusion import (
     AtEnd,
     AtWordEnd,
-    ByWord,
     Every,
     EveryLabel,
     Fused,
@@ -78,6 +78,12 @@ WRITTEN = {"keep": TextPolicy(), "sentence": TextPolicy(case="sentence", end="."
 """How words are written for a model by the looks of its text."""
 
 
+def policy_of(scorer: Scorer[Any]) -> TextPolicy:
+    """How words are written for a scorer by what it says itself: `policy`, `written` (see WRITTEN) or `writing` (an n-gram)."""
+    own: TextPolicy | None = getattr(scorer, "policy", None) or WRITTEN.get(getattr(scorer, "written", ""))
+    return own or TextPolicy(**getattr(scorer, "writing", {}))
+
+
 def reduced(output: CtcOutput, vocabulary: Vocabulary, *, collapse: float | None, keep_labels: int | None) -> CtcOutput:
     """The CTC model's output with fewer labels and frames, where that is asked for (paper.md 2.3, 2.4)."""
     log_probs, lengths = output.log_probs, output.lengths
@@ -90,10 +96,11 @@ def reduced(output: CtcOutput, vocabulary: Vocabulary, *, collapse: float | None
 
 
 class Term(ABC):
-    """One scorer of the log-linear model, as a config."""
+    """One scorer of the log-linear model, as a config. otherwise: replaces a `when` that looks ahead, where it hears other labels."""
 
     scale: float
     when: Schedule
+    otherwise: Schedule | None = None
     policy: TextPolicy | None  # how words are written for it where it hears another vocabulary
     hears_ctc: ClassVar[bool] = False  # whether it reads the CTC model's output
 
@@ -114,34 +121,68 @@ class Term(ABC):
         """How words are written for it."""
         return self.policy or TextPolicy()
 
+    def asked(self, *, same: bool) -> Schedule:
+        """When it is asked in a search over its own labels, or others."""
+        return self.when if same or self.otherwise is None or not self.when.lookahead else self.otherwise
+
     def fused(self, batch: Batch, vocabulary: Vocabulary) -> Fused:
         """The term as a search over `vocabulary` takes it: wrapped in Retokenized where its own is another."""
         scorer = self.native(batch)
-        if scorer.vocabulary.digest() != vocabulary.digest():
+        same = scorer.vocabulary.digest() == vocabulary.digest()
+        if not same:
             scorer = Retokenized(scorer, vocabulary, policy=self.spelling(batch), begun=self.begun)
-        return Fused(scorer=scorer, scale=self.scale, when=self.when)
+        return Fused(scorer=scorer, scale=self.scale, when=self.asked(same=same))
 
 
 @registered
 @dataclass(frozen=True)
 class Language(Term):
-    """A causal language model. `prompt` stands before every text and is not scored."""
+    """A language model, causal or n-gram. `prompt` stands before every text and is not scored.
+
+    policy: None for what the model says itself. oov: what a word costs an n-gram beyond its <unk>.
+    """
 
     model: str
     scale: float = 0.5
     when: Schedule = field(default_factory=EveryLabel)
     prompt: str = ""
-    policy: TextPolicy = field(default_factory=TextPolicy)
+    policy: TextPolicy | None = None
+    otherwise: Schedule | None = None
+    oov: float = 0.0
 
     @property
     def begun(self) -> bool:
         return bool(self.prompt.strip())
 
+    def spelling(self, batch: Batch) -> TextPolicy:
+        return self.policy or policy_of(self.native(batch))
+
     def load(self, models: Models, acoustic: str) -> None:
-        models.language(self.model, prompt=self.prompt)
+        self._scorer(models, models.acoustic(acoustic).vocabulary)
 
     def native(self, batch: Batch) -> Scorer[Any]:
-        return batch.models.language(self.model, prompt=self.prompt)
+        return self._scorer(batch.models, batch.vocabulary)
+
+    def _scorer(self, models: Models, heard: Vocabulary) -> Scorer[Any]:
+        return models.language(self.model, prompt=self.prompt, over=heard, oov=self.oov)
+
+    def bridge(self, models: Models, acoustic: str) -> str:
+        """How it is fused over the labels of an acoustic model, for people. Raises SearchError where it cannot be."""
+        heard = models.acoustic(acoustic).vocabulary
+        read = self._scorer(models, heard).vocabulary
+        same = read.digest() == heard.digest()
+        when, how = self.asked(same=same), "the labels" if same else f"words ({read.described()})"
+        if not same and when.lookahead:
+            raise SearchError(
+                f"{self.model} cannot be fused label-wise: it reads {how}, not the labels of {acoustic} ({heard.described()}): "
+                "use --fusion delayed, word-end, shortest or rescore, or a language model in those labels"
+            )
+        if not same and read.word_joint == "none":
+            raise SearchError(
+                f"{self.model} cannot be fused: its tokenizer ({read.described()}) merges across spaces, so that words have no labels of "
+                f"their own: decode with --decoding ctc, then `duolect rescore --lm {self.model}`"
+            )
+        return f"fusion: {when}; {self.model} reads {how} of {acoustic} ({heard.described()})"
 
 
 @registered
@@ -178,6 +219,7 @@ class Ctc(Term):
     scale: float = 1.0
     when: Schedule = field(default_factory=EveryLabel)
     policy: TextPolicy = field(default_factory=lambda: TextPolicy(case="lower", punctuation="drop"))
+    otherwise: Schedule | None = field(default_factory=lambda: EveryLabel(lookahead=False))  # it hears words, and cannot look ahead of them
     model: str = ""
     collapse: float | None = None
     keep_labels: int | None = None
@@ -194,13 +236,6 @@ class Ctc(Term):
     def _prefix(self, output: CtcOutput, vocabulary: Vocabulary) -> Scorer[Any]:
         output = reduced(output, vocabulary, collapse=self.collapse, keep_labels=self.keep_labels)
         return CtcPrefix(output.log_probs, output.lengths, vocabulary=vocabulary)
-
-    def fused(self, batch: Batch, vocabulary: Vocabulary) -> Fused:
-        fused = super().fused(batch, vocabulary)
-        # In another vocabulary it hears words, and cannot look ahead of them.
-        return (
-            replace(fused, when=EveryLabel(lookahead=False)) if isinstance(fused.scorer, ByWord) and fused.when == EveryLabel() else fused
-        )
 
 
 @registered
@@ -248,6 +283,30 @@ class Internal(Attention):
         return batch.shared(f"internal {self.model}", lambda: aed.internal(len(batch.audios)))
 
 
+@registered
+@dataclass(frozen=True)
+class Context(Term):
+    """Phrases that are expected, each with its weight in nats a letter."""
+
+    phrases: Mapping[str, float]
+    scale: float = 1.0
+    when: Schedule = field(default_factory=EveryLabel)
+    policy: TextPolicy | None = None
+
+    def load(self, models: Models, acoustic: str) -> None:
+        if never := ContextScorer(self.phrases, models.acoustic(acoustic).vocabulary).unwritable:
+            models.say(f"warning: {acoustic} never writes some letters of these phrases: {', '.join(never)}")
+
+    def native(self, batch: Batch) -> Scorer[Any]:
+        return self.fused(batch, batch.vocabulary).scorer
+
+    def fused(self, batch: Batch, vocabulary: Vocabulary) -> Fused:
+        scorer = batch.shared(
+            f"context {vocabulary.digest()} {sorted(self.phrases.items())}", lambda: ContextScorer(self.phrases, vocabulary)
+        )
+        return Fused(scorer=scorer, scale=self.scale, when=self.when)
+
+
 class Decoding(ABC):
     """A way to recognize a batch. terms: what is scored beside the CTC model's own score, by name."""
 
@@ -265,6 +324,10 @@ class Decoding(ABC):
     def scales(self) -> Mapping[str, float]:
         """The scale of every part, as in `Hypothesis.score`."""
         return {"ctc": 1.0, **{name: term.scale for name, term in self.terms.items()}}
+
+    def explained(self, models: Models, acoustic: str) -> list[str]:
+        """How it joins language models with the acoustic one and by which prior, a line each. SearchError where it cannot."""
+        return []
 
 
 @registered
@@ -309,6 +372,12 @@ class TimeSynchronous(Decoding):
             label_floor=self.label_floor,
             beam_floor=self.beam_floor,
         )
+
+    def explained(self, models: Models, acoustic: str) -> list[str]:
+        bridges = [t.bridge(models, acoustic) for t in self.terms.values() if isinstance(t, Language)]
+        priors = [f"prior: {t.kind} of {acoustic}, scale {t.scale:g}" for t in self.terms.values() if isinstance(t, Prior)]
+        none = ["prior: none (`duolect prior` estimates one, --decoding delayed-prior and labelwise-prior use it)"]
+        return [*bridges, *(priors or none)] if bridges else []
 
 
 @registered

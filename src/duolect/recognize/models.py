@@ -21,6 +21,7 @@ from duolect.models.aed import AttentionModel, load_attention_model
 from duolect.models.ctc import AcousticModel, load_acoustic_model
 from duolect.models.embedded import MODELS, SHIPPED_MODELS, resolve
 from duolect.models.lm import HFCausalLM, language_vocabulary
+from duolect.models.ngram import NGRAM_FILES, load_ngram
 from duolect.models.priors import read_prior
 from duolect.vocabulary import Vocabulary
 
@@ -55,8 +56,12 @@ class Models:
 
         return self._once(("acoustic", name), load)
 
-    def language(self, name: str, *, prompt: str = "") -> HFCausalLM:
-        """The causal language model of that name, with a prompt before every text."""
+    def language(self, name: str, *, prompt: str = "", over: Vocabulary | None = None, oov: float = 0.0) -> Any:
+        """The language model of that name, with a prompt before every text: an HFCausalLM, or an NgramScorer for a file of KenLM, which may
+        be one over the labels of `over`."""
+        if name.endswith(NGRAM_FILES):
+            key = ("language", name, prompt, over.digest() if over else "", str(oov))
+            return self._once(key, lambda: load_ngram(name, over=over, prompt=prompt, oov=oov))
         options: dict[str, Any] = {"dtype": self.precision, "device": self.device, "prompt": prompt}
         return self._once(("language", name, prompt), lambda: HFCausalLM.load(place_of(name, "language"), **options))
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from duolect.config import ConfigError, from_json, registered, with_overrides
 from duolect.recognize.decoding import (
     Attention,
+    Context,
     Ctc,
     Decoding,
     Greedy,
@@ -38,9 +39,12 @@ DEFAULT_SCALES: Mapping[str, Mapping[str, float]] = {
 @registered
 @dataclass(frozen=True)
 class Ingredients:
-    """What the named decodings are made of. scales: by combination (`llm`, `llm+prior`, `unit`, ...), the acoustic part's being 1."""
+    """What the named decodings are made of. scales: by combination (`llm`, `llm+prior`, `unit`, ...), the acoustic part's being 1.
 
-    lm: str = "smollm2-135m"
+    lm: one or several, which become the parts llm, llm2, ... context: phrases with weights, for decodings that search.
+    """
+
+    lm: tuple[str, ...] = ("smollm2-135m",)
     unit_lm: str = "duolect-unit-lm"
     aed: str = "whisper-base"
     speech_llm: str = ""
@@ -52,11 +56,29 @@ class Ingredients:
     sllm_beam: int = 4
     interval: int = 20
     scales: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: DEFAULT_SCALES)
+    context: Mapping[str, float] = field(default_factory=dict)
+    context_scale: float = 1.0
 
 
-def _llm(x: Ingredients, when: Schedule, beam: int, *, prior: bool = False) -> Decoding:
+def parts_of(lms: Sequence[str]) -> list[str]:
+    """What the parts of several language models are called."""
+    return [f"llm{i}" if i > 1 else "llm" for i in range(1, len(lms) + 1)]
+
+
+def default_scales(combination: str, lms: Sequence[str]) -> dict[str, float]:
+    """DEFAULT_SCALES of a combination; several language models share one and a half times the scale of one."""
+    scales = dict(DEFAULT_SCALES[combination])
+    return {**scales, **dict.fromkeys(parts_of(lms), round(1.5 * scales["llm"] / len(lms), 3))} if "llm" in scales and lms[1:] else scales
+
+
+def _llms(x: Ingredients, scales: Mapping[str, float], when: Schedule, otherwise: Schedule | None = None) -> dict[str, Term]:
+    parts = zip(parts_of(x.lm), x.lm, strict=True)
+    return {part: Language(lm, scales.get(part, scales["llm"]), when, x.prompt, otherwise=otherwise) for part, lm in parts}
+
+
+def _llm(x: Ingredients, when: Schedule, beam: int, *, prior: bool = False, otherwise: Schedule | None = None) -> Decoding:
     scales = x.scales["llm+prior" if prior else "llm"]
-    terms: dict[str, Term] = {"llm": Language(x.lm, scales["llm"], when, x.prompt)}
+    terms = _llms(x, scales, when, otherwise)
     if prior:
         terms["prior"] = Prior(x.prior, scales["prior"], when, words=True)
     return TimeSynchronous(beam, terms)
@@ -72,10 +94,8 @@ def _unit(x: Ingredients, when: Schedule, beam: int, *, prior: bool = False) -> 
 
 def _both(x: Ingredients) -> Decoding:
     scales = x.scales["unit+llm"]
-    return TimeSynchronous(
-        x.beam,
-        {"unit": Language(x.unit_lm, scales["unit"], EveryLabel()), "llm": Language(x.lm, scales["llm"], Every(x.interval), x.prompt)},
-    )
+    unit = Language(x.unit_lm, scales["unit"], EveryLabel())
+    return TimeSynchronous(x.beam, {"unit": unit, **_llms(x, scales, EveryLabel(), Every(x.interval))})
 
 
 def _joint_label(x: Ingredients) -> Decoding:
@@ -145,14 +165,22 @@ PRESETS: Mapping[str, Preset] = {
     ),
 }
 
+FUSIONS: Mapping[str, Preset] = {
+    "--fusion auto": Preset("CTC + LMs by their labels", lambda x: _llm(x, EveryLabel(), x.beam, otherwise=Every(x.interval)), "llm"),
+    "--fusion labelwise": Preset("CTC + LMs label-wise", lambda x: _llm(x, EveryLabel(), x.beam), "llm"),
+    **{f"--fusion {name}": PRESETS[name] for name in ("delayed", "rescore", "word-end", "shortest")},
+}
+"""Decodings of an acoustic model and whatever --lm names."""
+
 
 def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[str, Any] | None = None) -> Decoding:
-    """The decoding of a preset's name or of a JSON file (a type-tagged config), with overrides by dotted field. Raises ConfigError."""
-    if name_or_file in PRESETS:
-        needs = PRESETS[name_or_file].needs
+    """The decoding of a preset's name or of a JSON file (a type-tagged config), with the ingredients' context where it has terms, and
+    overrides by dotted field. Raises ConfigError."""
+    if preset := PRESETS.get(name_or_file) or FUSIONS.get(name_or_file):
+        needs = preset.needs
         if needs is not None and not getattr(ingredients, needs):
             raise ConfigError(f"decoding {name_or_file} needs a {needs.replace('_', ' ')}: name one with --{needs.replace('_', '-')}")
-        decoding = PRESETS[name_or_file].make(ingredients)
+        decoding = preset.make(ingredients)
     elif name_or_file.endswith(".json") or Path(name_or_file).is_file():
         try:
             decoding = from_json(json.loads(Path(name_or_file).read_text()), where=name_or_file)
@@ -166,4 +194,7 @@ def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[
         raise ConfigError(
             f"{name_or_file}: {type(decoding).__name__} is no decoding: expected Greedy, TimeSynchronous, LabelSynchronous or Speculative"
         )
+    if ingredients.context and isinstance(decoding, TimeSynchronous | LabelSynchronous):
+        context = Context(ingredients.context, ingredients.context_scale)
+        decoding = replace(decoding, terms={**decoding.terms, "context": context})
     return with_overrides(decoding, overrides) if overrides else decoding

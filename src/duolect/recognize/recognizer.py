@@ -75,6 +75,9 @@ class Recognizer:
         for decoding in self.decodings.values():
             for term in decoding.terms.values():
                 term.load(self.models, self.acoustic)
+            for line in decoding.explained(self.models, self.acoustic):
+                if len(self.decodings) == 1:
+                    self.models.say(line)
         durations = [u.seconds if u.seconds else 10.0 for u in utterances]
         with _progress(sum(durations), progress) as bar:
             for batch in batches_by_seconds(durations, batch_seconds=self.batch_seconds):

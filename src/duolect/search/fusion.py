@@ -58,6 +58,9 @@ class EveryLabel(Schedule):
 
     lookahead: bool = True
 
+    def __str__(self) -> str:
+        return "label-wise" if self.lookahead else "label-wise, one label late"
+
     def due(self, pending: Pending) -> Tensor:
         return pending.count > 0
 
@@ -72,6 +75,9 @@ class Every(Schedule):
         if self.interval < 1:
             raise SearchError(f"a fusion interval of {self.interval} steps makes no sense: give 1 or more")
 
+    def __str__(self) -> str:
+        return f"delayed every {self.interval} frames"
+
     @property
     def period(self) -> int:
         return self.interval
@@ -84,6 +90,9 @@ class Every(Schedule):
 class AtWordEnd(Schedule):
     """Delayed fusion of a hypothesis as soon as a word of it is complete."""
 
+    def __str__(self) -> str:
+        return "delayed to word ends"
+
     def due(self, pending: Pending) -> Tensor:
         return pending.word_ends
 
@@ -94,6 +103,9 @@ class ShortestHypothesis(Schedule):
 
     labels: int = 1
 
+    def __str__(self) -> str:
+        return f"delayed until the shortest hypothesis has {self.labels} more labels"
+
     def due(self, pending: Pending) -> Tensor:
         least = torch.where(pending.alive, pending.count, torch.iinfo(torch.long).max).amin(1, keepdim=True)
         return (pending.count > 0) & (least >= self.labels)
@@ -102,6 +114,9 @@ class ShortestHypothesis(Schedule):
 @dataclass(frozen=True)
 class AtEnd(Schedule):
     """Never before the end: n-best rescoring of the beam."""
+
+    def __str__(self) -> str:
+        return "n-best rescoring"
 
     def due(self, pending: Pending) -> Tensor:
         return torch.zeros_like(pending.alive)

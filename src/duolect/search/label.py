@@ -99,8 +99,8 @@ def _search(
     who = torch.arange(utterances)  # the utterances still searched; finished ones leave the batch, so that no straggler holds them
     results: list[list[Hypothesis]] = [[] for _ in range(utterances)]
     step = 0
-    # Bounds hold only while every further label costs: no length normalization, no negative scale (a prior).
-    bounded = stop == "best" and exponent == 0 and all(f.scale >= 0 for f in fused.values())
+    # Bounds hold only while every further label costs: no length normalization, no negative scale (a prior), no bonus.
+    bounded = stop == "best" and exponent == 0 and all(f.scale >= 0 and not f.scorer.rewards for f in fused.values())
     while len(who):
         step += 1
         only_end = now.ended | (now.length >= limit[who, None])

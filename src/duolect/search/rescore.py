@@ -26,10 +26,12 @@ def own_labels(hypothesis: Hypothesis) -> Sequence[int]:
 
 
 def labels_of_text(vocabulary: Vocabulary, *, policy: TextPolicy | None = None, begun: bool = False) -> LabelsOf:
-    """Hypotheses as labels of another vocabulary, word by word: what `Retokenized` would have passed on."""
+    """Hypotheses as labels of another vocabulary, word by word: what `Retokenized` would have passed on; as a whole where it could not."""
     policy = policy or TextPolicy()
 
     def labels(hypothesis: Hypothesis) -> Sequence[int]:
+        if vocabulary.word_joint == "none":
+            return vocabulary.encode((" " if begun else "") + policy.text(hypothesis.text))
         out: list[int] = []
         for word in policy.words(hypothesis.text):
             if written := policy(word, first=not out and not begun):
