@@ -194,7 +194,7 @@ def _say_tuned(tuned: Tuned, reference: str, by: str) -> None:
         if any(g.utterances < FEW for g in tuned.groups.values()):
             print(f"*: fewer than {FEW} utterances, of which neither scales nor intervals say much")
         print(
-            "own, fitted: flattered, tuned on the very utterances; held out: each fold by scales tuned without it; gain below 0: own is better"
+            "own, fitted: flattered, as tuned on the very utterances; held out: each fold by scales tuned without it; gain < 0: own is better"
         )
     print(tuned.signature)
     if tuned.failed:

@@ -168,7 +168,5 @@ def _edits(ours: Sequence[str], theirs: Sequence[str]) -> int:
 def _part(key: str, index: int, parts: Mapping[str, float], name: str) -> float:
     if name not in parts:
         has = ", ".join(parts) or "none"
-        raise NBestError(
-            f"utterance {key}, hypothesis {index + 1}: no part {name!r} (it has: {has}); rescore the lists with it first, or name the parts they have"
-        )
+        raise NBestError(f"utterance {key}, hypothesis {index + 1}: no part {name!r} (it has: {has}); rescore the lists with it first")
     return float(parts[name])

@@ -82,7 +82,8 @@ class _ByPhrase:
             return " ".join(found)
         out: list[str] = []
         for numeric, run in groupby(zip(words, found, strict=True), key=lambda pair: pair[1] == _NUMERIC):
-            out += (self._run(" ".join(word for word, _ in run)),) if numeric else (one for _, one in run)
+            before, after = zip(*run, strict=True)
+            out += (self._run(" ".join(before)),) if numeric else after
         return " ".join(out)
 
     def _run(self, phrase: str) -> str:
