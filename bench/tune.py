@@ -21,11 +21,13 @@ from duolect.evaluate.surface import Range
 from duolect.evaluate.tune import tune
 from duolect.scorer import Recognized, read_hypotheses
 
-WORDS = (
-    "the of and to a in that it is was i he for you with his on be as had not but at by she they this have from which one her all or an were "
-    "we there been their said if would when so no what up out them who my time more now some could its into then man do two like has about "
-    "hundred people don't it's colour little after before very house river morning letter children evening answer question nothing window"
-).split()
+TEXT = """
+the of and to a in that it is was i he for you with his on be as had not but at by she they this have from which one her all or an
+were we there been their said if would when so no what up out them who my time more now some could its into then man do two like
+has about hundred people don't it's colour little after before very house river morning letter children evening answer nothing
+window
+"""
+WORDS = TEXT.split()
 FREE = {"llm": Range(), "prior": Range(-2.0, 0.0, of="llm"), "unit": Range()}
 
 
@@ -55,11 +57,10 @@ def write_lists(path: Path, *, utterances: int, hypotheses: int, seed: int = 0) 
             out.write(json.dumps({"id": f"u{i}", "text": " ".join(reference), "nbest": nbest}) + "\n")
 
 
-def looped(lists: NBestLists, scales: dict[str, float]) -> int:
+def looped(errors: list[list[int]], parts: dict[str, list[list[float]]], scales: dict[str, float]) -> int:
     """Errors at one point, as a loop writes it."""
-    parts = {name: lists.parts[name].tolist() for name in scales}
-    errors, total = lists.errors.tolist(), 0
-    for i in range(len(lists)):
+    total = 0
+    for i in range(len(errors)):
         best, chosen = -np.inf, 0
         for j in range(len(errors[i])):
             score = sum(scale * parts[name][i][j] for name, scale in scales.items())
@@ -109,9 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for what, one in each.items():
         rows.append({"what": f"{what}, {options.subset} utterances", "s": one.median, "cpu s": one.cpu})
     harness.print_table(rows, title=f"{options.utterances} utterances x {options.hypotheses} hypotheses, 3 free scales")
-    notes = [
-        f"errors at {len(points)} points are equal; the loop takes {times(loop_time, surface_time):g} x as long (x cpu {times(loop_time, surface_time, by='cpu'):g})"
-    ]
+    ratios = times(loop_time, surface_time), times(loop_time, surface_time, by="cpu")
+    notes = [f"errors at {len(points)} points are equal; the loop takes {ratios[0]:g} x as long (x cpu {ratios[1]:g})"]
     harness.save(
         "tune",
         [*rows, *({"what": what, **measures(one)} for what, one in each.items())],
@@ -130,11 +130,12 @@ def against_the_loop(lists: NBestLists, points: np.ndarray) -> tuple[Timing, Tim
     from duolect.evaluate.surface import surface_of
 
     surface = surface_of(lists, reference="ctc", free=FREE)
+    errors, parts = lists.errors.tolist(), {name: values.tolist() for name, values in lists.parts.items()}
     ours, theirs, same = [], [], True
     for point in points:
         spent, wrong = seconds_of(lambda point=point: int(surface.utterance_errors(point).sum()))
         scales = {"ctc": 1.0, "llm": point[0], "prior": point[0] * point[1], "unit": point[2]}
-        slow, expected = seconds_of(lambda scales=scales: looped(lists, scales))
+        slow, expected = seconds_of(lambda scales=scales: looped(errors, parts, scales))
         ours.append(spent)
         theirs.append(slow)
         same &= wrong == expected

@@ -42,8 +42,10 @@ def test_phrase_by_phrase_is_as_the_whole():
 
     whole, ours, draw = EnglishTextNormalizer(), normalizer("whisper-english"), random.Random(0)
     contracted = [re.sub(r"\\b", "", pattern) for pattern in whole.replacers]
-    plain = "it's he'd don't we've o'clock boys' 'tis been gone done got half a and uh um mm colour the cat one's nine's £3 5 3rd naïve (x) s per"
-    words = [*sorted(whole.standardize_numbers.words), *contracted, *plain.split()]
+    more = (
+        "it's he'd don't we've o'clock boys' 'tis been gone done got half a and uh um mm colour the cat one's nine's £3 5 3rd naïve (x) s"
+    )
+    words = [*sorted(whole.standardize_numbers.words), *contracted, *more.split()]
     letters = [word for word in words if re.fullmatch("[a-z]+('[a-z]+)?", word)]
     for i in range(8000):
         text = " ".join(draw.choices(letters if i % 3 else words, k=draw.randint(0, 9)))

@@ -7,7 +7,7 @@ import torch
 
 from duolect.config import with_overrides
 from duolect.data.sources import open_source
-from duolect.recognize.decoding import Language, LabelSynchronous, TimeSynchronous
+from duolect.recognize.decoding import LabelSynchronous, Language, TimeSynchronous
 from duolect.recognize.explain import END, SEARCH, WHOLE, explained, scorers_of, written
 from duolect.recognize.presets import decoding_of
 from duolect.recognize.recognizer import Recognizer

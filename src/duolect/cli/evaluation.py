@@ -193,9 +193,7 @@ def _say_tuned(tuned: Tuned, reference: str, by: str) -> None:
         print(f"\n{aligned(rows)}")
         if any(g.utterances < FEW for g in tuned.groups.values()):
             print(f"*: fewer than {FEW} utterances, of which neither scales nor intervals say much")
-        print(
-            "own, fitted: flattered, as tuned on the very utterances; held out: each fold by scales tuned without it; gain < 0: own is better"
-        )
+        print("own, fitted: to these utterances, flattered; held out: each fold by scales tuned without it; gain < 0: own is better")
     print(tuned.signature)
     if tuned.failed:
         some = f"{len(tuned.failed)} of {tuned.utterances} utterances"
