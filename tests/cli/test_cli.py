@@ -171,7 +171,7 @@ def test_compare_writes_a_table_of_all_that_was_asked(duolect, zoo, with_models,
     assert (tmp_path / "table.md").read_text().count("\n| ") >= len(names)
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["env"]
-    assert sorted(p.stem for p in (tmp_path / "hypotheses").iterdir()) == sorted(names)
+    assert sorted(p.stem for p in (tmp_path / "hypotheses").glob("*.jsonl")) == sorted(names)
 
 
 def test_compare_continues_and_leaves_out_what_does_not_fit(duolect, zoo, tmp_path, monkeypatch):

@@ -182,8 +182,8 @@ def _notes(found: Explanation, rank: int, decoding: Any, *, by: str) -> list[str
     else:
         notes.append("B is not in the list, and these scores do not want it: no larger beam would choose it")
     if exponent := getattr(decoding, "length_exponent", 0.0):
-        sums = {"a": found.a, "b": found.b}
-        a, b = (sum(found.scales[n] * x for n, x in found.totals(k).items()) / (len(h.labels) + 1) ** exponent for k, h in sums.items())
+        both = (found.a, found.totals("a")), (found.b, found.totals("b"))
+        a, b = (sum(found.scales[n] * x for n, x in parts.items()) / (len(h.labels) + 1) ** exponent for h, parts in both)
         notes.append(f"the search ranked by score / (labels + 1)^{exponent:g}: A {a:.3f}, B {b:.3f}")
     return notes
 
@@ -214,7 +214,7 @@ def _shown(found: Explanation, line: Recognized, rank: int, against: str, *, eve
     score = " ".join(f"{found.scales[n]:+g} {n}" for n in names).removeprefix("+")
     head = [
         f"{line.id}: score = {score}; natural log; diff: scaled, A minus B",
-        f"A (rank 1): {found.a.text}",
-        f"B ({what}): {found.b.text}",
+        f"A (rank 1): {found.a.text.strip()}",
+        f"B ({what}): {found.b.text.strip()}",
     ]
     return "\n".join([*head, "", aligned(table, left=3), "", found.verdict, *found.notes])

@@ -343,13 +343,15 @@ def _group(search: _Search, words: Ints, common: tuple[Ints, Ints | None], *, re
     """common: errors of the group's utterances at the scales of all, tuned with and without them."""
     found = search.best(np.ones(len(words), np.int64))
     wrong, held_out = search.surface.utterance_errors(found), _held_out(search, folds=folds, seed=seed)
-    facts = {"scales": search.named(found, reference), "utterances": len(words), "words": int(words.sum())}
-    facts |= {"wer": _percent(wrong, words), "common": _percent(common[0], words)}
-    if held_out is None or common[1] is None:
-        return Group(**facts, held_out=None, held_out_common=None, gain=None, gain_interval=None)
-    gained = held_out - common[1]
-    held = {"held_out": _percent(held_out, words), "held_out_common": _percent(common[1], words), "gain": _percent(gained, words)}
-    return Group(**facts, **held, gain_interval=rate_interval(gained, words, seed=seed))
+    gained = None if held_out is None or common[1] is None else held_out - common[1]
+    return Group(
+        scales=search.named(found, reference), utterances=len(words), words=int(words.sum()),
+        wer=_percent(wrong, words), common=_percent(common[0], words),
+        held_out=None if held_out is None else _percent(held_out, words),
+        held_out_common=None if common[1] is None or held_out is None else _percent(common[1], words),
+        gain=None if gained is None else _percent(gained, words),
+        gain_interval=None if gained is None else rate_interval(gained, words, seed=seed),
+    )  # fmt: skip
 
 
 def _resampled(search: _Search, best: Floats, *, draws: int, seed: int) -> tuple[dict[str, Interval | None], NDArray[np.bool_]]:

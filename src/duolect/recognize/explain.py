@@ -176,8 +176,8 @@ def explained(a: Hypothesis, b: Hypothesis, *, scorers: Scorers, scales: Mapping
     if a.parts and b.parts and any(any(rest.values()) for rest, _ in rests):
         rows.append(row(SEARCH, SEARCH, rests[0][0], rests[1][0]))
         notes.append(f"{SEARCH}: alignments that the search did not count (its beam dropped them, or it counts the best one only)")
-    elif lost := rests[0][0].get(scorers.acoustic or ""):
-        notes.append(f"both are scored over all alignments; the search that made the file made {lost:+.2f} of it for A")
+    elif rests[0][0].get(acoustic := scorers.acoustic or ""):
+        notes.append(f"both are scored over all alignments; the search that made the file gave A {a.parts[acoustic]:.2f} ({acoustic})")
     notes += [f"the file's parts of {who} do not fit: {said}" for who, (_, all_said) in zip("AB", rests, strict=True) for said in all_said]
     if wholes:
         rows.append(row(WHOLE, WHOLE, *({name: h.parts[name] for name in wholes} for h in (a, b))))
