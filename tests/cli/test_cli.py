@@ -175,7 +175,7 @@ def test_compare_writes_a_table_of_all_that_was_asked(duolect, zoo, with_models,
     assert (tmp_path / "table.md").read_text().count("\n| ") >= len(names)
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["env"]
-    assert sorted(p.stem for p in (tmp_path / "hypotheses").iterdir()) == sorted(names)
+    assert sorted(p.stem for p in (tmp_path / "hypotheses").glob("*.jsonl")) == sorted(names)
 
 
 def test_compare_continues_and_leaves_out_what_does_not_fit(duolect, zoo, tmp_path, monkeypatch):
@@ -268,7 +268,7 @@ def test_each_mistake_is_one_line_that_says_what_to_do(duolect, zoo, with_models
         assert "loading" not in err, "said before any work"
 
 
-@pytest.mark.parametrize("command", ["transcribe", "decode", "rescore", "compare", "tune", "score", "prior", "models"])
+@pytest.mark.parametrize("command", ["transcribe", "decode", "rescore", "compare", "tune", "score", "explain", "prior", "models"])
 def test_the_help_of_a_command_has_an_example_of_options_it_knows(duolect, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = duolect(command, "--help")
@@ -330,8 +330,9 @@ def test_any_language_model_is_joined_in_one_line_that_is_explained(duolect, zoo
 
 
 def test_language_models_together_each_by_its_labels(duolect, zoo, with_models, tmp_path):
-    data = ["decode", "--data", zoo["corpus"], *with_models]
-    both = [*data, "--lm", zoo["unit"], zoo["llm"], "--fusion", "auto", "--out", tmp_path / "a.jsonl"]
+    alone = [*with_models[:2], *with_models[4:]]
+    data = ["decode", "--data", zoo["corpus"], *alone]
+    both = [*data, "--lm", zoo["unit"], "--lm", zoo["llm"], "--fusion", "auto", "--out", tmp_path / "a.jsonl"]
     code, _, err = duolect(*both)
     assert code == 0 and "scales llm: llm 0.3, llm2 0.3 (not tuned" in err and "writes llm+llm2.json" in err
     assert f"fusion: label-wise; {zoo['unit']} reads the labels of" in err and f"fusion: delayed every 20 frames; {zoo['llm']} reads" in err
@@ -339,7 +340,7 @@ def test_language_models_together_each_by_its_labels(duolect, zoo, with_models, 
     (tmp_path / "llm+llm2.json").write_text(json.dumps({"scales": {"ctc": 1.0, "llm": 0.1, "llm2": 0.2}}))
     code, _, err = duolect(*both[:-1], tmp_path / "b.jsonl", "--scales", tmp_path, "--set", "terms.llm2.scale=0.25")
     assert code == 0 and "llm 0.1, llm2 0.2, ctc 1 (tuned on" in err
-    code, _, err = duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models, "--lm", zoo["unit"], zoo["llm"])
+    code, _, err = duolect("transcribe", *alone, "--lm", zoo["unit"], "--lm", zoo["llm"], zoo["corpus"] / "u0.wav")
     assert code == 0 and "scales llm: llm 0.3, llm2 0.3" in err, "whoever names several means these"
     # Label-wise fusion of one in the same labels is what the unit LM's preset does.
     for out, how in (("c", ["--fusion", "labelwise", "--lm", zoo["unit"]]), ("d", ["--decoding", "labelwise"])):
@@ -369,7 +370,8 @@ def test_an_ngram_works_wherever_a_language_model_does(duolect, zoo, with_models
     vocabulary = load_vocabulary(zoo["am"])
     sentences = [t.split() if units == "words" else [vocabulary.piece(y) for y in vocabulary.encode(t)] for t in TEXTS * 3]
     lm = ["--lm", write_arpa(tmp_path / "lm.arpa", sentences)]
-    data = ["--data", zoo["corpus"], *with_models, *lm, "--nbest", "6"]
+    alone = [*with_models[:2], *with_models[4:]]
+    data = ["--data", zoo["corpus"], *alone, *lm, "--nbest", "6"]
     code, _, err = duolect("decode", *data, "--fusion", "rescore", "--out", tmp_path / "a.jsonl")
     assert code == 0 and ("reads words (3-gram) of" if units == "words" else "reads the labels of") in err
     assert duolect("decode", *data, "--decoding", "ctc", "--out", tmp_path / "ctc.jsonl")[0] == 0
@@ -381,7 +383,7 @@ def test_an_ngram_works_wherever_a_language_model_does(duolect, zoo, with_models
     for x, y in zip(a, b, strict=True):
         assert x == pytest.approx(y, abs=2e-3), "rescoring in the search and of the file are one"
     text = ["--fusion", "labelwise"] if units == "labels" else ["--fusion", "delayed"]
-    assert duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models, *lm, *text)[0] == 0
+    assert duolect("transcribe", zoo["corpus"] / "u0.wav", *alone, *lm, *text)[0] == 0
     (tmp_path / "d.json").write_text(
         json.dumps(
             {"type": "TimeSynchronous", "terms": {"llm": {"type": "Language", "model": str(lm[1]), "oov": 2.0, "when": {"type": "AtEnd"}}}}
@@ -394,7 +396,9 @@ def test_an_ngram_works_wherever_a_language_model_does(duolect, zoo, with_models
 def test_context_phrases_are_rewarded_in_any_search(duolect, zoo, with_models, tmp_path):
     (tmp_path / "words.txt").write_text("bab aa\t2.0\n\nabba\n")
     data = ["decode", "--data", zoo["corpus"], *with_models, "--decoding", "ctc"]
-    code, _, _ = duolect(*data, "--out", tmp_path / "a.jsonl", "--context", tmp_path / "words.txt", "bb", "--context-scale", "3")
+    code, _, _ = duolect(
+        *data, "--out", tmp_path / "a.jsonl", "--context", tmp_path / "words.txt", "--context", "bb", "--context-scale", "3"
+    )
     assert code == 0
     for line in read_hypotheses(tmp_path / "a.jsonl"):
         for h in line.nbest:
@@ -412,3 +416,85 @@ def test_context_phrases_are_rewarded_in_any_search(duolect, zoo, with_models, t
     (tmp_path / "words.txt").write_text("abba\tmuch\n")
     code, _, err = duolect(*data, "--out", tmp_path / "d.jsonl", "--context", tmp_path / "words.txt")
     assert code == 2 and "words.txt:1: 'much' is no weight" in err
+
+
+def test_explain_knows_what_made_the_file(duolect, zoo, with_models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = ["--data", zoo["corpus"], *with_models]
+    assert duolect("decode", *out, "--out", "a.jsonl", "--decoding", "labelwise", "--beam", "4")[0] == 0
+    assert (
+        duolect("rescore", "--hypotheses", "a.jsonl", "--out", "b.jsonl", "--lm", zoo["llm"], "--device", "cpu", "--scale", "0.5")[0] == 0
+    )
+    (tmp_path / "flat.json").write_text('{"scales": {"ctc": 1.0, "unit": 0.0, "llm": 2.0}}')
+    lines = {r.id: r for r in read_hypotheses(tmp_path / "b.jsonl")}
+    where = ["--data", zoo["corpus"] / "manifest.jsonl", "--device", "cpu", "--json", "x.json"]
+    for id, line in lines.items():
+        for options, scales in (([], {"ctc": 1.0, "unit": 1.0, "llm": 0.5}), (["--scales", "flat.json"], {"ctc": 1.0, "llm": 2.0})):
+            code, shown, err = duolect("explain", "b.jsonl", id, *where, *options)
+            found = json.loads((tmp_path / "x.json").read_text())
+            ranked = sorted((h.score(scales) for h in line.nbest), reverse=True)
+            assert code == 0 and f"{id}: score = 1 ctc" in shown and found["verdict"] in shown, err
+            assert found["difference"] == pytest.approx(ranked[0] - ranked[1], abs=2e-3)
+            assert sum(sum(row["difference"].values()) for row in found["rows"]) == pytest.approx(found["difference"], abs=1e-4)
+            assert not any("do not fit" in note or "(whole)" in note for note in found["notes"]), "the file says by which model"
+    code, shown, _ = duolect("explain", "b.jsonl", "u0", *where, "--against", "reference", "--all")
+    assert code == 0 and "B (the reference): ab abba" in shown and "in the list" in shown
+    code, shown, _ = duolect("explain", "b.jsonl", "u0", *where, "--against", lines["u0"].nbest[2].text)
+    assert code == 0 and "B (rank 3): " in shown
+    shutil.copy("b.jsonl", "c.jsonl")
+    named = ["--decoding", "labelwise", *with_models[:2], *with_models[4:]]
+    code, shown, _ = duolect("explain", "c.jsonl", "u0", *where, *named)
+    assert code == 0 and "(whole)" in shown and "llm: no part of the decoding" in shown
+    code, shown, _ = duolect("explain", "c.jsonl", "u0", *where, *named, "--lm", zoo["llm"])
+    assert code == 0 and "(whole)" not in shown and "llm A" in shown
+    mistakes = [
+        (["b.jsonl", "u10"], "no line has id 'u10', is u1 meant?"),
+        (["b.jsonl", "u0", "--against", "99"], "--against 99: u0 has 4 hypotheses: name a rank from 2 to 4"),
+        (["b.jsonl", "u0", "--against", "1"], "name a rank from 2 to 4"),
+        (["b.jsonl", "u0", "--against", lines["u0"].nbest[0].text, *where], "that is the best hypothesis itself"),
+        (["b.jsonl", "u0"], "u0.wav: is not there; if the paths of b.jsonl start elsewhere, name the manifest with --data"),
+        (["c.jsonl", "u0", *where], "c.jsonl.json, which says what made c.jsonl, is not there: name it with --decoding"),
+        (["b.jsonl", "u0", "--scales", "nowhere.json"], "--scales nowhere.json: expected a scales file"),
+        (["b.jsonl", "u0", "--name", "unit", *where], "--name unit: expected a part that the decoding does not know: llm"),
+        (["nowhere.jsonl", "u0"], "nowhere.jsonl"),
+    ]
+    for words, expected in mistakes:
+        code, _, err = duolect("explain", *words)
+        assert code == 2 and expected in err and "Traceback" not in err, words
+
+
+def test_tune_says_what_parts_of_a_corpus_gain_and_what_is_wrong(duolect, tmp_path):
+    def line(i, **fields):
+        nbest = [
+            {"text": t, "labels": [], "parts": {"ctc": c, "llm": m}} for t, c, m in (("ab b", -1.0, -9.0 + i), ("ab a", -2.0, -3.0 - i))
+        ]
+        return {"id": f"u{i}", "text": "ab a" if i % 3 else "ab b", "nbest": nbest, **fields}
+
+    def written(*lines):
+        (tmp_path / "h.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        return ["tune", "--hypotheses", tmp_path / "h.jsonl"]
+
+    good = written(*(line(i, domain="xy"[i % 2]) for i in range(12)), line(12), {"id": "bad", "text": "a", "error": "corrupt"})
+    code, out, err = duolect(*good, "--by", "domain", "--out", tmp_path / "s.json", "--plot", tmp_path / "s.png", "--search", "grid")
+    assert code == 0 and "held out: common" in out and "|tune:grid|" in out and (tmp_path / "s.png").stat().st_size > 1000
+    assert list(json.loads((tmp_path / "s.json").read_text())["by"]["domain"]) == ["other", "x", "y"]
+    assert "warning: 1 of 14 utterances have no hypothesis" in err
+    for options, expected in [
+        (["--by", "speaker"], "--by speaker: no line of"),
+        (["--folds", "1"], "--folds 1: expected 2 or more"),
+        (["--draws", "0"], "--draws 0: expected 1 or more"),
+        (["--largest", "0"], "--largest 0: expected a number above 0"),
+        (["--reference", "aed"], "have no part aed, only ctc, llm"),
+    ]:
+        code, _, err = duolect(*good, *options)
+        assert code == 2 and expected in err
+    for lines, expected in [
+        ([], "is empty"),
+        ([{"id": "a", "text": "a", "nbest": []}], "no hypothesis has parts"),
+        ([line(0), {**line(1), "text": None}], "utterance u1 has no reference"),
+        ([line(0), {**line(1), "nbest": [{"text": "a", "parts": {"ctc": -1.0}}]}], "utterance u1, hypothesis 1: no part 'llm'"),
+        ([line(0), {**line(1), "nbest": [{"text": "a", "parts": {"ctc": -1.0, "llm": float("nan")}}]}], "part 'llm' is nan"),
+        ([{**line(0), "text": ""}], "no reference has a word"),
+    ]:
+        code, _, err = duolect(*written(*lines))
+        assert code == 2 and expected in err, (expected, err)

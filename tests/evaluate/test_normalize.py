@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+import re
 import subprocess
 import sys
 
@@ -33,6 +35,27 @@ def test_normalizing_twice_changes_nothing(name):
     text = "‘Tis -- the “rock-'n'-roll” café's OWN  way’s end-"
     once = normalizer(name)(text)
     assert normalizer(name)(once) == once
+
+
+def test_phrase_by_phrase_is_as_the_whole():
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    whole, ours, draw = EnglishTextNormalizer(), normalizer("whisper-english"), random.Random(0)
+    contracted = [re.sub(r"\\b", "", pattern) for pattern in whole.replacers]
+    more = (
+        "it's he'd don't we've o'clock boys' 'tis been gone done got half a and uh um mm colour the cat one's nine's £3 5 3rd naïve (x) s"
+    )
+    words = [*sorted(whole.standardize_numbers.words), *contracted, *more.split()]
+    letters = [word for word in words if re.fullmatch("[a-z]+('[a-z]+)?", word)]
+    for i in range(8000):
+        text = " ".join(draw.choices(letters if i % 3 else words, k=draw.randint(0, 9)))
+        try:
+            expected = " ".join(whole(text).split())
+        except (AttributeError, TypeError, ValueError, AssertionError) as error:  # it has bugs of its own
+            with pytest.raises(type(error)):
+                ours(text)
+        else:
+            assert ours(text) == expected, text
 
 
 def test_a_normalizer_names_itself_and_its_version():

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from duolect.evaluate.nbest import NBestError, NBestLists, corpus_digest, nbest_lists, padded_lists
+from duolect.evaluate.nbest import NBestError, NBestLists, _edits, corpus_digest, nbest_lists, padded_lists
 from duolect.evaluate.normalize import normalizer
+from duolect.evaluate.plots import wer_surface
 from duolect.evaluate.surface import Range, surface_of
-from duolect.evaluate.tune import ScalesError, read_scales, same_corpus_warning, tune, write_scales
+from duolect.evaluate.tune import ScalesError, _Search, read_scales, same_corpus_warning, tune, write_scales
+from duolect.evaluate.wer import count_errors
 from duolect.scorer import Hypothesis, Recognized
 
 NONE = normalizer("none")
@@ -92,6 +95,87 @@ def test_finds_the_known_optimum():
     assert found.oracle < found.wer <= found.cross_validated < found.alone <= found.first
     assert found.wer <= found.probes.wer.min() + 1e-9
     assert found.at_edge == ()
+
+
+@pytest.mark.parametrize("search", ["line", "grid"])
+@pytest.mark.parametrize("free", [{"llm": Range()}, PAPER, {**PAPER, "length": Range(-1.0, 1.0)}], ids=len)
+def test_both_searches_find_the_known_optimum(search, free):
+    made = synthetic(400, 12, seed=1, prior=-0.3 if "prior" in free else 0.0)
+    noise = np.random.default_rng(5).normal(0, 4, made.errors.shape)
+    lists = replace(made, parts={**made.parts, "length": noise})
+    found = tune(lists, reference="ctc", free=free, search=search, draws=50, folds=2)
+    optimum = {"llm": 0.5, "prior": -0.3, "length": 0.0}
+    assert {name: found.scales[name] for name in free} == pytest.approx({name: optimum[name] for name in free}, abs=0.15)
+    assert found.errors == sum(brute_force(lists, dict(found.scales)))
+    assert f"|tune:{search}|" in found.signature
+
+
+def test_the_grid_is_brute_force_over_its_grid_and_shrinks_to_the_best_box():
+    lists = synthetic(60, 9, seed=4)
+    made = _Search.of(lists, reference="ctc", free=PAPER, seed=0, method="grid", done=lambda: None)
+    everyone, low, high = np.ones(len(lists), np.int64), np.array([0.0, -2.0]), np.array([2.0, 0.0])
+    best = []
+    for rounds in range(1, 4):
+        points = [(x, y) for x in np.linspace(low[0], high[0], 21) for y in np.linspace(low[1], high[1], 21)]
+        totals = [sum(brute_force(lists, {"ctc": 1.0, "llm": x, "prior": x * y})) for x, y in points]
+        best.append(min(totals))
+        found = made._grid(everyone, rounds)
+        assert sum(brute_force(lists, {"ctc": 1.0, "llm": found[0], "prior": found[0] * found[1]})) == min(best)
+        if rounds == 1:
+            assert tuple(found) in [p for p, total in zip(points, totals, strict=True) if total == min(totals)]
+        kept = np.array([p for p, total in zip(points, totals, strict=True) if total <= np.percentile(totals, 5) * 1.0001])
+        low, high = kept.min(axis=0), kept.max(axis=0)
+
+
+def test_what_is_as_good_as_the_optimum():
+    few, many = (tune(synthetic(n, 12, seed=1), reference="ctc", free=PAPER, draws=200, folds=2) for n in (30, 1000))
+    for found in (few, many):
+        near = found.probes.scales[found.probes.as_good]
+        assert len(near) and found.probes.wer[found.probes.as_good].max() < found.alone
+        for d, name in enumerate(PAPER):
+            assert found.as_good[name].low == min(near[:, d].min(), found.scales[name])
+            assert found.as_good[name].high == max(near[:, d].max(), found.scales[name])
+    assert many.probes.as_good.sum() < few.probes.as_good.sum() / 2, "more utterances, narrower"
+
+
+def test_parts_of_a_corpus_have_scales_of_their_own():
+    parts = [synthetic(250, 12, seed=i, llm=llm) for i, llm in enumerate((0.3, 1.2))]
+    lists = padded_lists(
+        [e[p].tolist() for x in parts for e, p in zip(x.errors, x.possible, strict=True)],
+        parts={k: [v[p].tolist() for x in parts for v, p in zip(x.parts[k], x.possible, strict=True)] for k in ("ctc", "llm", "prior")},
+        words=[w for x in parts for w in x.words],
+    )
+    names = ["low"] * 250 + ["high"] * 250
+    common = tune(lists, reference="ctc", free=PAPER, groups=names, draws=20, folds=3)
+    assert list(common.groups) == ["high", "low"]
+    for name, (part, llm) in zip(("low", "high"), zip(parts, (0.3, 1.2), strict=True), strict=True):
+        group, alone = common.groups[name], tune(part, reference="ctc", free=PAPER, draws=20, folds=3)
+        assert group.scales["llm"] == pytest.approx(llm, abs=0.15)
+        assert (group.scales, group.wer, group.held_out) == (alone.scales, alone.wer, alone.cross_validated)
+        assert group.common == pytest.approx(100 * sum(brute_force(part, dict(common.scales))) / group.words)
+        assert group.gain == pytest.approx(group.held_out - group.held_out_common) and group.gain < 0
+        assert group.gain_interval and group.gain_interval.low <= group.gain <= group.gain_interval.high
+    errors = sum(g.common * g.words for g in common.groups.values())
+    assert errors == pytest.approx(common.wer * common.words)
+    one = tune(lists, reference="ctc", free=PAPER, groups=["single", *["rest"] * 499], draws=20, folds=2).groups["single"]
+    assert (one.utterances, one.held_out, one.gain, one.gain_interval) == (1, None, None, None)
+
+
+def test_errors_of_lists_are_those_of_the_score():
+    draw = np.random.default_rng(0)
+    words = list("abc")
+    for _ in range(300):
+        ours, theirs = (draw.choice(words, draw.integers(0, 8)).tolist() for _ in range(2))
+        assert _edits(ours, theirs) == count_errors(" ".join(ours), " ".join(theirs)).total
+
+
+def test_the_surface_is_drawn_for_any_number_of_scales(tmp_path):
+    for free in ({"llm": Range()}, PAPER, {**PAPER, "length": Range()}):
+        lists = synthetic(40, 6)
+        lists = replace(lists, parts={**lists.parts, "length": lists.parts["llm"] * 0.5})
+        wer_surface(tune(lists, reference="ctc", free=free, draws=20, folds=2), path=tmp_path / "new" / f"{len(free)}.png")
+        with open(tmp_path / "new" / f"{len(free)}.png", "rb") as file:
+            assert file.read(4) == b"\x89PNG"
 
 
 def test_tuning_is_deterministic_and_starts_from_what_it_was_given():
@@ -186,9 +270,14 @@ def test_lists_of_a_hypotheses_file():
 
 def test_scales_file(tmp_path):
     lists = nbest_lists(LINES, normalizer=NONE, parts=["ctc", "llm"], corpus="toy")
-    tuned = tune(lists, reference="ctc", free={"llm": Range()}, draws=20)
+    tuned = tune(lists, reference="ctc", free={"llm": Range()}, groups=["x", "x", "y"], draws=20)
     assert tuned.errors == 4
-    write_scales(tmp_path / "scales.json", tuned=tuned)
+    write_scales(tmp_path / "scales.json", tuned=tuned, by="domain")
+    stored = json.loads((tmp_path / "scales.json").read_text())
+    assert {name: (g["utterances"], g["wer"], g["scales"]["ctc"]) for name, g in stored["by"]["domain"].items()} == {
+        "x": (2, 40.0, 1.0), "y": (1, 100.0, 1.0)
+    }  # fmt: skip
+    assert set(stored["as_good"]) == {"llm"}
     scales = read_scales(tmp_path / "scales.json")
     assert scales.scales == dict(tuned.scales)
     assert (scales.corpus, scales.utterances, scales.wer) == ("toy", 3, tuned.wer)

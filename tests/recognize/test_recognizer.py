@@ -185,7 +185,7 @@ def test_decodings_side_by_side_continue_each_where_it_was(zoo, models, tmp_path
     for name in "ab":
         assert [r.text for r in found[name]] == [r.text for r in recognized(both, zoo, name)]
         assert [r.id for r in read_hypotheses(outs[name])] == [u.id for u in utterances]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.json", "b.jsonl", "b.jsonl.json"]
 
 
 def test_a_folder_of_transcripts_knows_what_it_has(tmp_path):

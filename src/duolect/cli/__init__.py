@@ -14,7 +14,19 @@ def main() -> None:
     """Runs `duolect <command> ...`. Exit code 0: all done; 1: some of it failed, as listed; 2: nothing could be done, as said."""
     import tyro
 
-    from duolect.cli import evaluation, guarding, language, maintenance, preparation, prior, recognition, report, study, training
+    from duolect.cli import (
+        evaluation,
+        explaining,
+        guarding,
+        language,
+        maintenance,
+        preparation,
+        prior,
+        recognition,
+        report,
+        study,
+        training,
+    )
 
     commands = {
         "transcribe": recognition.transcribe,
@@ -24,6 +36,7 @@ def main() -> None:
         "compare": recognition.compare,
         "tune": evaluation.tune,
         "score": evaluation.score,
+        "explain": explaining.explain,
         "report": report.report,
         "prepare": preparation.prepare,
         "units": preparation.units,

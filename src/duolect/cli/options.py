@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tyro.conf import UseAppendAction
+
 from duolect.cli.checks import corpus_name
 
 if TYPE_CHECKING:
@@ -17,14 +19,17 @@ if TYPE_CHECKING:
     from duolect.scorer import Recognized
 
 
+DEFAULT_LM = ("smollm2-135m",)
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which models, on what."""
 
     am: str = "duolect-ctc"
     """CTC acoustic model: an embedded name, a model folder, a hub id."""
-    lm: tuple[str, ...] = ("smollm2-135m",)
-    """Language models, one or several: embedded names, folders, .gguf files, hub ids, KenLM's .arpa and .bin files; any tokenizer."""
+    lm: UseAppendAction[tuple[str, ...]] = ()
+    """Language model; default: smollm2-135m. An embedded name, folder, .gguf file, hub id, KenLM's .arpa or .bin file; any tokenizer."""
     unit_lm: str = "duolect-unit-lm"
     """Language model in the acoustic model's own labels, for label-wise fusion."""
     aed: str = "whisper-base"
@@ -41,10 +46,12 @@ class ModelOptions:
     """Hypotheses kept where nothing is fused before the end (CTC beam, rescoring)."""
     interval: int = 20
     """Frames between two scorings of delayed fusion."""
+    prior: Literal["softmax", "counts", "sampled", "llm", "uniform"] = "softmax"
+    """Which label prior decodings with one subtract (see `duolect prior`); llm: of the first --lm's own labels."""
     prompt: str = ""
     """Text the language model reads before every transcript: a topic, names, a sentence in the right style."""
-    context: tuple[str, ...] = ()
-    """Phrases to expect (names, terms), or files of one a line, each line with a weight behind a tab if you like."""
+    context: UseAppendAction[tuple[str, ...]] = ()
+    """A phrase to expect (a name, a term), or a file of one a line, each line with a weight behind a tab if you like."""
     context_scale: float = 1.0
     """Bonus of a phrase in nats for each of its letters (times its weight)."""
     device: str = "auto"
@@ -69,7 +76,8 @@ def recognizer_for(
     from duolect.recognize.presets import decoding_of
     from duolect.recognize.recognizer import Recognizer
 
-    options, models = of_one_folder(options), Models(device=device_of(options.device), precision=options.precision)
+    options = of_one_folder(replace(options, lm=options.lm or DEFAULT_LM))
+    models = Models(device=device_of(options.device), precision=options.precision)
     decodings = {name: _chosen(which, options, models) for name, which in decodings.items()}
     ingredients = _ingredients(options, models, decodings.values(), warn)
     made = {name: decoding_of(which, ingredients, overrides) for name, which in decodings.items()}
@@ -115,8 +123,6 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
     from duolect.evaluate.tune import read_scales, same_corpus_warning
     from duolect.recognize.presets import DEFAULT_SCALES, FUSIONS, PRESETS, Ingredients, default_scales, parts_of
 
-    if not options.lm:
-        raise ValueError("--lm names no language model: name one or several, or leave the option out")
     if min(options.beam, options.nbest) < 1:
         raise ValueError(f"a beam of {min(options.beam, options.nbest)} holds no hypothesis: give 1 or more")
     folder = options.scales or models.scales_folder(options.am)
@@ -142,7 +148,7 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
         else:
             scales[wanted], note = default, f"not tuned for this pair of models: `duolect tune` writes {file}"
         models.say(f"scales {wanted}: " + ", ".join(f"{k} {v:g}" for k, v in scales[wanted].items()) + f" ({note})")
-    names = ("lm", "unit_lm", "aed", "speech_llm", "prompt", "beam", "nbest", "interval", "context_scale")
+    names = ("lm", "unit_lm", "aed", "speech_llm", "prompt", "beam", "nbest", "interval", "prior", "context_scale")
     return Ingredients(scales=scales, context=_phrases(options.context), **{name: getattr(options, name) for name in names})
 
 

@@ -169,6 +169,7 @@ def rescore(
     from tqdm import tqdm
 
     from duolect.recognize.decoding import policy_of
+    from duolect.recognize.files import read_settings, write_settings
     from duolect.recognize.models import Models
     from duolect.scorer import read_hypotheses, write_hypotheses
     from duolect.search.rescore import labels_for, ranked, rescored
@@ -192,7 +193,10 @@ def rescore(
         done += [replace(line, nbest=tuple(found)) for line, found in zip(part, lists, strict=True)]
     if weights:
         done = [replace(line, nbest=tuple(ranked(line.nbest, weights))) for line in done]
+    made = read_settings(hypotheses)
     write_hypotheses(out, done)
+    made["rescored"] = {**made.get("rescored", {}), name: {"lm": lm, "prompt": prompt}}
+    write_settings(out, made | ({"scales": dict(weights)} if weights else {}))
     say_score(done, hypotheses)
     return 0
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import kaldialign
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,6 +45,11 @@ class NBestLists:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def of(self, rows: NDArray[np.int64]) -> NBestLists:
+        """The lists of some utterances by their places; what is told of the whole file (digest, failed, impossible) stays."""
+        arrays = {name: getattr(self, name)[rows] for name in ("words", "errors", "possible", "first", "oracle")}
+        return replace(self, ids=tuple(self.ids[i] for i in rows), parts={k: v[rows] for k, v in self.parts.items()}, **arrays)
 
 
 def padded_lists(
@@ -108,7 +114,9 @@ def nbest_lists(
     for line in recognized:
         reference = line.fields.get("text")
         if not isinstance(reference, str):
-            raise NBestError(f"utterance {line.id} has no reference in its field 'text'")
+            raise NBestError(
+                f"utterance {line.id} has no reference in its field 'text', so its errors cannot be counted: add it, or remove the line"
+            )
         if line.id in references:
             raise NBestError(f"id {line.id!r} stands twice in the hypotheses")
         references[line.id] = reference
@@ -116,12 +124,14 @@ def nbest_lists(
         if not nbest:
             failed.append(line.id)
         target = normalizer(reference)
-        words.append(len(target.split()))
+        words.append(len(target_words := target.split()))
         counted: dict[str, int] = {}
         texts = [normalizer(h.text) for h in nbest]
         for text in texts:
             if text not in counted:
-                counted[text] = count_errors(target, text, merge_compounds=merge_compounds).total
+                counted[text] = (
+                    count_errors(target, text, merge_compounds=True).total if merge_compounds else _edits(target_words, text.split())
+                )
         errors.append([counted[text] for text in texts])
         for name in parts:
             values[name].append([_part(line.id, i, h.parts, name) for i, h in enumerate(nbest)])
@@ -141,6 +151,18 @@ def nbest_lists(
 def corpus_digest(references: Mapping[str, str]) -> str:
     """Twelve hexadecimal digits of ids and raw references, whatever their order."""
     return hashlib.sha256(json.dumps(sorted(references.items()), ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+def _edits(ours: Sequence[str], theirs: Sequence[str]) -> int:
+    """The fewest edits between two texts in words. What both begin and end with is left out first: most of it, in a list."""
+    begin, least = 0, min(len(ours), len(theirs))
+    while begin < least and ours[begin] == theirs[begin]:
+        begin += 1
+    end = 0
+    while end < least - begin and ours[-1 - end] == theirs[-1 - end]:
+        end += 1
+    ours, theirs = ours[begin : len(ours) - end], theirs[begin : len(theirs) - end]
+    return int(kaldialign.edit_distance(ours, theirs)["total"]) if ours and theirs else len(ours) + len(theirs)
 
 
 def _part(key: str, index: int, parts: Mapping[str, float], name: str) -> float:

@@ -12,35 +12,54 @@ from typing import Any
 
 import numpy as np
 
-from duolect.evaluate.tune import Probes
+from duolect.evaluate.tune import Tuned
 
 
 class PlotError(RuntimeError):
     """A picture cannot be drawn."""
 
 
-def wer_surface(probes: Probes, *, best: Mapping[str, float], path: str | Path) -> None:
-    """Writes the WER over one scale (a curve) or over the first two (contours, the best of the others), the optimum marked."""
-    figure = figure_class()(figsize=(6.4, 4.4), layout="constrained")
+def wer_surface(tuned: Tuned, *, path: str | Path) -> None:
+    """Writes the WER over one scale (a curve) or over the first two (contours, the best of the others), to PNG.
+
+    Marked: the optimum with the 95% interval of each scale, and the region of scales whose WER is not significantly worse.
+    """
+    figure = figure_class()(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    at = [best[name] for name in probes.names]
-    if len(probes.names) == 1:
-        order = np.argsort(probes.scales[:, 0])
-        axes.plot(probes.scales[order, 0], probes.wer[order], color="#1f5a99")
-        axes.plot([at[0]], [float(probes.wer.min())], "o", color="#b3331d", label=f"best: {at[0]:.3f}")
-        axes.set(xlabel=f"scale of {probes.names[0]}", ylabel="WER, %")
+    probes, names = tuned.probes, tuned.probes.names[:2]
+    at = [tuned.scales[name] for name in names]
+    spans = [tuned.scale_intervals[name] for name in names]
+    # Where the WER is flat, the middle of a flat stretch may lie outside of the interval of the points tried: the bar then ends in it.
+    reach = [[[max(0.0, x - s.low)], [max(0.0, s.high - x)]] if s else None for x, s in zip(at, spans, strict=True)]
+    style = {"fmt": "o", "color": "#b3331d", "capsize": 4, "label": f"best: {', '.join(f'{x:.3f}' for x in at)}; 95% interval of each"}
+    corpus = f" on {tuned.corpus}" if tuned.corpus else ""
+    # The picture shows what the best choice of all further scales gives.
+    points, inverse = np.unique(probes.scales[:, : len(names)].round(9), axis=0, return_inverse=True)
+    wer, good = np.full(len(points), np.inf), np.zeros(len(points))
+    np.minimum.at(wer, inverse.ravel(), probes.wer)
+    np.maximum.at(good, inverse.ravel(), probes.as_good)
+    if len(names) == 1:
+        axes.fill_between(
+            points[:, 0], 0, 1, where=good > 0, transform=axes.get_xaxis_transform(), color="#dce9f5", label="not significantly worse (95%)"
+        )
+        axes.plot(points[:, 0], wer, color="#1f5a99")
+        axes.errorbar(at, [tuned.wer], xerr=reach[0], **style)
+        axes.set(xlabel=f"scale of {names[0]}", ylabel="WER, %")
     else:
-        # The plane shows what the best choice of all further scales gives.
-        points, inverse = np.unique(probes.scales[:, :2].round(9), axis=0, return_inverse=True)
-        wer = np.full(len(points), np.inf)
-        np.minimum.at(wer, inverse.ravel(), probes.wer)
-        spread = float(np.quantile(wer, 0.6)) - float(wer.min())
+        spread = float(np.quantile(wer, 0.9)) - float(wer.min())
         levels = float(wer.min()) + np.linspace(0, max(spread, 0.05), 16)
         filled = axes.tricontourf(points[:, 0], points[:, 1], wer, levels=levels, cmap="viridis_r", extend="max")
         figure.colorbar(filled, label="WER, %", format="%.2f")
-        axes.plot([at[0]], [at[1]], "o", color="#b3331d", label=f"best: {at[0]:.3f}, {at[1]:.3f}")
-        axes.set(xlabel=f"scale of {probes.names[0]}", ylabel=f"scale of {probes.names[1]}")
-    axes.legend(loc="best")
+        if 0 < good.sum() < len(good):
+            worse = {"levels": [-0.5, 0.5], "colors": ["#ffffff90"], "hatches": ["////"]}
+            axes.tricontourf(points[:, 0], points[:, 1], good, **worse)
+            axes.tricontour(points[:, 0], points[:, 1], good, levels=[0.5], colors="black", linewidths=1)
+            axes.fill_between([], [], [], facecolor="#ffffff", edgecolor="black", hatch="////", label="significantly worse (95%)")
+        axes.errorbar(at[:1], at[1:], xerr=reach[0], yerr=reach[1], **style)
+        axes.set(xlabel=f"scale of {names[0]}", ylabel=f"scale of {names[1]}")
+    further = "".join(f", best {name} at each point" for name in probes.names[2:])
+    axes.set_title(f"WER {tuned.wer:.2f}%{corpus}, {tuned.utterances} utterances{further}", fontsize=10, parse_math=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -50,9 +50,18 @@ def rows(
 def plain_table(table: Sequence[Row]) -> str:
     """The rows in aligned columns, their signature below."""
     head, body = _cells(table)
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    lines = [_aligned(head, widths), "  ".join("-" * w for w in widths), *(_aligned(line, widths) for line in body)]
-    return "\n".join([*lines, *_footnotes(table, "")]) + "\n"
+    return "\n".join([aligned([head, *body]), *_footnotes(table, "")]) + "\n"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows of cells in columns, the first row as a head; the first `left` columns begin at the left, the others end at the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(rows[0]), "  ".join("-" * w for w in widths), *map(line, rows[1:])])
 
 
 def markdown_table(table: Sequence[Row]) -> str:
@@ -118,11 +127,6 @@ def _interval(interval: Interval | None, *, sign: str = "") -> str:
 
 def _p_value(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
-    return "  ".join(cells).rstrip()
 
 
 def _footnotes(table: Sequence[Row], quote: str) -> list[str]:

@@ -78,8 +78,8 @@ WRITTEN = {"keep": TextPolicy(), "sentence": TextPolicy(case="sentence", end="."
 """How words are written for a model by the looks of its text."""
 
 
-def policy_of(scorer: Scorer[Any]) -> TextPolicy:
-    """How words are written for a scorer by what it says itself: `policy`, `written` (see WRITTEN) or `writing` (an n-gram)."""
+def policy_of(scorer: Any) -> TextPolicy:
+    """How words are written for a scorer or model by what it says itself: `policy`, `written` (see WRITTEN) or `writing` (an n-gram)."""
     own: TextPolicy | None = getattr(scorer, "policy", None) or WRITTEN.get(getattr(scorer, "written", ""))
     return own or TextPolicy(**getattr(scorer, "writing", {}))
 
@@ -245,20 +245,24 @@ class Prior(Term):
 
     kind: of the acoustic model's labels as `duolect prior` stored it (softmax, counts, sampled), `uniform`, which makes of a negative scale
     a bonus for each label: a length term, or `llm`: of the labels of the language model or decoder `of`, for which words are written by
-    `policy`, the first one as one that follows where `prompted`. With the schedule of the term that it corrects it is delayed like that.
+    `policy` (None: as for that model, which it corrects), the first one as one that follows where `prompted`. With the schedule of the term
+    that it corrects it is delayed like that.
     """
 
     kind: str = "softmax"
     scale: float = -0.2
     when: Schedule = field(default_factory=EveryLabel)
     words: bool = False
-    policy: TextPolicy = field(default_factory=TextPolicy)
+    policy: TextPolicy | None = None
     of: str = ""
     prompted: bool = False
 
     @property
     def begun(self) -> bool:
         return self.prompted
+
+    def spelling(self, batch: Batch) -> TextPolicy:
+        return self.policy or policy_of(batch.models.loaded(self.of))
 
     def load(self, models: Models, acoustic: str) -> None:
         if (self.kind == "llm") != bool(self.of):

@@ -33,7 +33,8 @@ def decode_to_files(
     """What each decoding in `outs` made of the utterances, in their order, written to its hypotheses file.
 
     A run that was killed continues where it was: lines are kept in `<out>.part` as they come; `<out>.part.json` says of which decoding,
-    and ResumeError if it is another one. keep: at most so many hypotheses a line.
+    and ResumeError if it is another one. Beside the finished file that stays, as `<out>.json` (`read_settings`). keep: at most so many
+    hypotheses a line.
     """
     wanted = {name: {**settings_of(recognizer, name), "keep": keep} for name in outs}
     parts = {name: Path(f"{out}.part") for name, out in outs.items()}
@@ -64,7 +65,7 @@ def decode_to_files(
     for name, out in outs.items():
         write_hypotheses(out, ordered[name])
         parts[name].unlink()
-        Path(f"{parts[name]}.json").unlink()
+        Path(f"{parts[name]}.json").replace(f"{out}.json")
     return ordered
 
 
@@ -73,6 +74,17 @@ def settings_of(recognizer: Recognizer, name: str) -> dict[str, Any]:
     decoding = recognizer.decodings[name]
     models = {"acoustic": recognizer.acoustic, "precision": recognizer.models.precision, "word_times": recognizer.word_times}
     return {**models, "decoding": to_json(decoding), "digest": digest(decoding)}
+
+
+def read_settings(hypotheses: Path) -> dict[str, Any]:
+    """What `settings_of` said of the decoding that made a hypotheses file, and what `duolect rescore` added; empty where nobody knows."""
+    found = _header(hypotheses)
+    return found if isinstance(found, dict) else {}
+
+
+def write_settings(hypotheses: Path, settings: Mapping[str, Any]) -> None:
+    """Puts beside a hypotheses file what made it."""
+    write_json(f"{hypotheses}.json", settings)
 
 
 def _header(part: Path) -> Any:

@@ -70,11 +70,13 @@ class Models:
         options: dict[str, Any] = {"dtype": self.precision, "device": self.device}
         return self._once(("attention", name), lambda: load_attention_model(place_of(name, "attention"), **options))
 
+    def loaded(self, name: str) -> Any:
+        """The language or attention model of that name if it is here already, else None."""
+        return next((model for key, model in self._loaded.items() if key[0] in ("language", "attention") and key[1] == name), None)
+
     def vocabulary(self, name: str) -> Vocabulary:
         """The vocabulary of a language model or decoder, for which none is loaded that is not already."""
-        loaded = (model for key, model in self._loaded.items() if key[0] in ("language", "attention") and key[1] == name)
-        model = next(loaded, None)
-        if model is not None:
+        if (model := self.loaded(name)) is not None:
             return model.vocabulary
         return self._once(("vocabulary", name), lambda: language_vocabulary(place_of(name, "language")))
 
@@ -84,7 +86,8 @@ class Models:
         vocabulary = self.vocabulary(of) if kind == "llm" else self.acoustic(acoustic).vocabulary
         if kind == "uniform":
             return torch.full((vocabulary.size,), -math.log(vocabulary.size))
-        return self._once(("prior", acoustic, kind, of), lambda: read_prior(Path(resolve(acoustic)), kind, vocabulary))
+        folder = Path(resolve(acoustic.partition("#")[0]))  # of the acoustic model `folder#4`
+        return self._once(("prior", acoustic, kind, of), lambda: read_prior(folder, kind, vocabulary))
 
     def scales_folder(self, acoustic: str) -> Path | None:
         """Where an acoustic model keeps the scales that were tuned for it; None for a model that is not in a folder."""

@@ -79,7 +79,9 @@ def _llms(x: Ingredients, scales: Mapping[str, float], when: Schedule, otherwise
 def _llm(x: Ingredients, when: Schedule, beam: int, *, prior: bool = False, otherwise: Schedule | None = None) -> Decoding:
     scales = x.scales["llm+prior" if prior else "llm"]
     terms = _llms(x, scales, when, otherwise)
-    if prior:
+    if prior and x.prior == "llm":
+        terms["prior"] = Prior("llm", scales["prior"], when, of=x.lm[0], prompted=bool(x.prompt.strip()))
+    elif prior:
         terms["prior"] = Prior(x.prior, scales["prior"], when, words=True)
     return TimeSynchronous(beam, terms)
 
@@ -88,7 +90,7 @@ def _unit(x: Ingredients, when: Schedule, beam: int, *, prior: bool = False) -> 
     scales = x.scales["unit+prior" if prior else "unit"]
     terms: dict[str, Term] = {"unit": Language(x.unit_lm, scales["unit"], when)}
     if prior:
-        terms["prior"] = Prior(x.prior, scales["prior"], when)
+        terms["prior"] = Prior(x.prior, scales["prior"], when, of=x.unit_lm if x.prior == "llm" else "")
     return TimeSynchronous(beam, terms)
 
 

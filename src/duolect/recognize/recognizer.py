@@ -90,6 +90,17 @@ class Recognizer:
                 yield from self._batch(loaded)
                 bar.update(min(sum(durations[i] for i in batch), max(0.0, bar.total - bar.n)))
 
+    def batch_of(self, utterance: Utterance) -> Batch:
+        """The one utterance as the decodings hear it. Raises AudioError, and SearchError for a recording that is searched in segments."""
+        model, (_, audio) = self.models.acoustic(self.acoustic), _heard(utterance)
+        segments = _segments(0, audio, model.log_probs_of([audio]).log_probs[0], model)
+        if len(segments) > 1:
+            raise SearchError(
+                f"{utterance.id}: {len(audio) / SAMPLE_RATE:.0f} s are searched in {len(segments)} segments, each scored alone: "
+                f"cut the recording into files of at most {SEGMENT_SECONDS:g} s"
+            )
+        return self._prepared(segments, model)
+
     def misfits(self) -> dict[str, str]:
         """Why decodings cannot work with these models (no priors, a unit LM of other units), by name: each hears a tenth of a second."""
         model, audio, found = self.models.acoustic(self.acoustic), np.zeros(SAMPLE_RATE // 10, np.float32), {}

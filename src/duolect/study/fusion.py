@@ -125,9 +125,9 @@ class _Study:
             scales = list(tuned[kind].scales.values())
             terms: dict[str, Term] = {"lm": Language(model, scales[1], when)}
             if kind:
-                policy = {"policy": policy_of(self._lm(lm)), "of": model} if kind == "llm" else {}
                 held = not same and prior_when is None
-                terms["prior"] = Prior(kind, scales[2], prior_when or when, words=held, **policy)  # type: ignore[arg-type]
+                of = model if kind == "llm" else ""
+                terms["prior"] = Prior(kind, scales[2], prior_when or when, words=held and not of, of=of)
             return TimeSynchronous(beam, terms)
 
         usual: Schedule = EveryLabel() if same else Every(study.interval)
