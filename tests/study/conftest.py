@@ -1,3 +1,3 @@
-from tests.recognize.conftest import zoo
+from tests.recognize.conftest import models, zoo
 
-__all__ = ["zoo"]
+__all__ = ["models", "zoo"]

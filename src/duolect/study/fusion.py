@@ -85,7 +85,7 @@ class _Study:
                 scored = rescored([line.nbest for line in part], name=name, scorer=scorer, labels=labels)
                 found[start : start + 8] = [replace(line, nbest=tuple(h)) for line, h in zip(part, scored, strict=True)]
             write_hypotheses(path, found)
-        return found
+        return list(read_hypotheses(path))  # as rounded there, so that a run that goes on finds the same scales
 
     def _scorers(self) -> list[tuple[str, Scorer[Any], LabelsOf]]:
         """(part, its scorer, how it reads hypotheses) of language models and priors."""
