@@ -190,6 +190,11 @@ def main() -> None:
         "positions: as plain pads them; real: without padding; distinct: nodes of the trie; unique ratio: distinct / real; "
         "x at best: positions / distinct, what sharing alone can give if every position costs the same",
     ]
+    if args.hypotheses is not None:
+        lm.prompt, everything = "", lists(args.hypotheses, utterances=10**9, size=100, quick=False)[0]
+        labels = labels_of_text(lm.vocabulary)
+        ratios = {n: shapes([x[:n] for x in everything], labels, prompt=0)["unique ratio"] for n in (10, 50, 100)}
+        notes.append(f"unique ratio of all {len(everything)} lists: " + ", ".join(f"{x} at N = {n}" for n, x in ratios.items()))
     shown = [{k: v for k, v in row.items() if k != "details"} for row in rows]
     harness.print_table(
         shown,

@@ -137,14 +137,13 @@ def _rescored(made: Mapping[str, Any], models: ModelOptions, name: str, unknown:
     found = {part: Language(x["lm"], 1.0, prompt=x["prompt"]) for part, x in made.get("rescored", {}).items() if part in unknown}
     if name and name not in unknown:
         raise ValueError(f"--name {name}: expected a part that the decoding does not know: {', '.join(unknown) or 'there is none'}")
-    if models.lm and (rest := [name] if name else [part for part in unknown if part not in found]):
+    lms: tuple[str, ...] = models.lm
+    if lms and (rest := [name] if name else [part for part in unknown if part not in found]):
         if len(rest) > 1:
-            raise ValueError(
-                f"--lm {models.lm[0]}: the decoding does not know {', '.join(rest)}: say with --name which of them is by that model"
-            )
-        if len(models.lm) > 1:
-            raise ValueError(f"--lm {' '.join(models.lm)}: one model at a time explains a part that the decoding does not know")
-        found[rest[0]] = Language(models.lm[0], 1.0, prompt=models.prompt)
+            raise ValueError(f"--lm {lms[0]}: the decoding does not know {', '.join(rest)}: say with --name which of them is by that model")
+        if len(lms) > 1:
+            raise ValueError(f"--lm {' '.join(lms)}: one model at a time explains a part that the decoding does not know")
+        found[rest[0]] = Language(lms[0], 1.0, prompt=models.prompt)
     return found
 
 

@@ -28,14 +28,15 @@ class TrainError(RuntimeError):
 
 
 def check_room(folder: Path, model: nn.Module, *, copies: int) -> None:
-    """Raises TrainError if the folder cannot be written or has no room for `copies` fp32 copies of the weights."""
+    """Raises TrainError if the folder cannot be written or has no room for `copies` fp32 copies of what learns."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".probe").write_text("")
         (folder / ".probe").unlink()
     except OSError as error:
         raise TrainError(f"{folder}: cannot be written ({error.strerror or error}): name another folder with --out") from error
-    needed = copies * 4 * sum(p.numel() for p in [*model.parameters(), *model.buffers()])
+    numbers = [sum(p.numel() for p in model.parameters() if p.requires_grad is learns) for learns in (True, False)]
+    needed = 4 * (copies * numbers[0] + 2 * (numbers[1] + sum(b.numel() for b in model.buffers())))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise TrainError(
@@ -70,9 +71,19 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(value) for name, value in model.state_dict().items()}
 
 
-def set_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Puts whole tensors into a model, sharded or not. Raises TrainError if names or shapes differ."""
-    own = model.state_dict()
+def learned_of(model: nn.Module) -> dict[str, Tensor]:
+    """What of the state dict a training changes, whole on the CPU: parameters with gradients, and buffers. Every process must ask."""
+    return {name: whole(x) for name, x in _changing(model).items()}
+
+
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    resting = {name for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, nn.Parameter) and not x.requires_grad}
+    return {name: x for name, x in model.state_dict().items() if name not in resting}
+
+
+def set_learned(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Puts back what `learned_of` gave, into a model sharded or not. Raises TrainError if names or shapes differ."""
+    own = _changing(model)
     wrong = sorted(own.keys() ^ weights.keys()) or sorted(n for n, x in own.items() if x.shape != weights[n].shape)
     if wrong:
         raise TrainError(f"the weights are of another model: {', '.join(wrong[:3])} {'and others ' * (len(wrong) > 3)}differ")
@@ -100,8 +111,8 @@ def save_state(
     *,
     note: Mapping[str, object],
 ) -> None:
-    """Writes what `load_state` needs; every process must call, the first one writes."""
-    state = {f"model.{name}": value for name, value in weights_of(model).items()}
+    """Writes what `load_state` needs, which what rests is not; every process must call, the first one writes."""
+    state = {f"model.{name}": value for name, value in learned_of(model).items()}
     names = {id(p): name for name, p in model.named_parameters()}
     for p, values in optimizer.state.items():
         state |= {f"optimizer.{names[id(p)]}:{key}": whole(x) for key, x in values.items()}
@@ -115,7 +126,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, a
     """(where the run stopped, the note) after model, optimizer and average were set to what they were then. Raises TrainError."""
     state, note = read_weights(path)
     try:
-        set_weights(model, {name.removeprefix("model."): x for name, x in state.items() if name.startswith("model.")})
+        set_learned(model, {name.removeprefix("model."): x for name, x in state.items() if name.startswith("model.")})
         parameters = dict(model.named_parameters())
         for name, value in state.items():
             if name.startswith("optimizer."):

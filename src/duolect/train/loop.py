@@ -19,11 +19,12 @@ from duolect.train.checkpoint import (
     STATE,
     TrainError,
     check_room,
+    learned_of,
     load_state,
     mean_weights,
     read_weights,
     save_state,
-    set_weights,
+    set_learned,
     weights_of,
     write_weights,
 )
@@ -266,7 +267,7 @@ def _keep(run: _Run, place: Place, figures: Mapping[str, float]) -> None:
     name = f"checkpoints/step-{place.step}.safetensors"
     ranked = dict(sorted({**run.best, name: _watched(run, figures)}.items(), key=lambda pair: pair[1])[: run.config.keep_best])
     if name in ranked:
-        weights = weights_of(run.task.model)
+        weights = learned_of(run.task.model)
         if run.world.first:
             write_weights(run.folder / name, weights)
     if run.world.first:
@@ -295,15 +296,14 @@ def _finish(run: _Run, place: Place) -> dict[str, float]:
         tries.append((f"best ({paths[0].stem})", lambda: read_weights(paths[0])[0]))
     if len(paths) > 1 and figures:
         tries.append((f"mean of the {len(paths)} best", lambda: mean_weights(paths)))
-    chosen, last = "last", weights_of(run.task.model) if tries else {}
+    chosen, last = "last", learned_of(run.task.model) if tries else {}
     for label, make in tries:
-        candidate = make()
-        set_weights(run.task.model, candidate)
+        set_learned(run.task.model, make())
         found = _validated(run, place, label)
         if _watched(run, found) < _watched(run, figures):
-            chosen, weights, figures = label, candidate, found
+            chosen, weights, figures = label, weights_of(run.task.model), found
     if tries:
-        set_weights(run.task.model, last)
+        set_learned(run.task.model, last)
     if run.world.first:
         run.task.save(run.folder / "model", weights, note=f"{_note(place)}; weights: {chosen}")
         (run.folder / "result.json").write_text(json.dumps({"step": place.step, "weights": chosen, **figures}, indent=1) + "\n")
