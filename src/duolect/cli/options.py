@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from duolect.scorer import Recognized
 
 
-DEFAULT_LM = ("smollm2-135m",)
+DEFAULT_LM = ("duolect-lm",)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ModelOptions:
     am: str = "duolect-ctc"
     """CTC acoustic model: an embedded name, a model folder, a hub id."""
     lm: UseAppendAction[tuple[str, ...]] = ()
-    """Language model; default: smollm2-135m. An embedded name, folder, .gguf file, hub id, KenLM's .arpa or .bin file; any tokenizer."""
+    """Language model; default: duolect-lm, SmolLM2 fitted to transcripts. An embedded name, folder, .gguf file, hub id, KenLM's .arpa or .bin file; any tokenizer."""
     unit_lm: str = "duolect-unit-lm"
     """Language model in the acoustic model's own labels, for label-wise fusion."""
     aed: str = "whisper-base"

@@ -139,7 +139,7 @@ def decode(
 def rescore(
     hypotheses: Path,
     out: Path,
-    lm: str = "smollm2-135m",
+    lm: str = "duolect-lm",
     am: str = "",
     name: str = "llm",
     scale: float | None = None,

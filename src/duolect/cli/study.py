@@ -67,7 +67,7 @@ def study(
 def fusion(
     tune: str,
     test: str,
-    lm: tuple[str, ...] = ("smollm2-135m", "duolect-unit-lm"),
+    lm: tuple[str, ...] = ("duolect-lm", "duolect-unit-lm"),
     am: str = "duolect-ctc",
     out: Path = Path("out/fusion"),
     priors: tuple[Literal["softmax", "counts", "sampled", "llm"], ...] = ("softmax", "counts", "sampled"),

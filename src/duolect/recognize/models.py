@@ -29,7 +29,7 @@ T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "float16"]
 KINDS = {
     "acoustic": ("a CTC acoustic model", "duolect-ctc"),
-    "language": ("a causal language model", "smollm2-135m, duolect-unit-lm"),
+    "language": ("a causal language model", "duolect-lm, smollm2-135m, duolect-unit-lm"),
     "attention": ("an attention encoder-decoder or speech LLM", "whisper-base, whisper-tiny.en"),
 }
 """What models are asked for as: in words, and the embedded ones."""

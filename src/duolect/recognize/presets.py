@@ -44,7 +44,7 @@ class Ingredients:
     lm: one or several, which become the parts llm, llm2, ... context: phrases with weights, for decodings that search.
     """
 
-    lm: tuple[str, ...] = ("smollm2-135m",)
+    lm: tuple[str, ...] = ("duolect-lm",)
     unit_lm: str = "duolect-unit-lm"
     aed: str = "whisper-base"
     speech_llm: str = ""
