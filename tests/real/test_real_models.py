@@ -17,6 +17,7 @@ from duolect.recognize.presets import Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer
 from duolect.search.ctc import ctc_beam_search
 from duolect.search.fusion import Fused, Retokenized, every
+from duolect.search.rescore import text_scores
 from duolect.vocabulary import load_vocabulary
 from tests.oracles import all_alignments, lm_from_scratch, random_log_probs
 
@@ -54,6 +55,14 @@ def test_smollm_prefers_what_people_say(smollm):
     state = smollm.select(smollm.start(1), torch.zeros(2, dtype=torch.long))
     score, _ = smollm.advance(state, torch.tensor([c + [0] * (width - len(c)) for c in chunks]), torch.tensor([len(c) for c in chunks]))
     assert float(score[0]) > float(score[1])
+
+
+def test_the_fitted_model_reads_as_transcripts_are_written(models, smollm):
+    fitted = models.language("duolect-lm")
+    assert fitted.written == "lower" and fitted.vocabulary.digest() == smollm.vocabulary.digest()
+    said = ["he had been waiting there for more than an hour", "there was nothing to be seen but the open sea"]
+    base, better = (sum(score for score, _ in text_scores(scorer, said)) for scorer in (smollm, fitted))
+    assert better > base + 5.0
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "whisper-base", "duolect-unit-lm"])
