@@ -327,7 +327,7 @@ def test_a_missing_prior_and_a_beam_of_nothing_are_said(zoo, models):
         (
             "language",
             "whisper-base",
-            "an attention encoder-decoder or speech LLM, expected a causal language model: name duolect-lm, smollm2-135m",
+            "an attention encoder-decoder or speech LLM, expected a causal language model: name duolect-lm",
         ),
         ("language", "{am}", "is a CTC acoustic model, expected a causal language model"),
         ("attention", "smollm2-135m", "is a causal language model, expected an attention encoder-decoder or speech LLM: name whisper-base"),
