@@ -177,6 +177,15 @@ def scores(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Sequ
     return gained + scorer.finish(state)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_positions_than_the_language_model_has_are_refused(kind: str) -> None:
+    model = tiny(kind, adapter=AdapterDims("concat", 1), max_seconds=60.0)
+    with pytest.raises(ModelError, match=r"\d+ positions is longer than the 256 that the language model attends to"):
+        model.scorer([noise(25.0, 1)]).start(1)
+    with pytest.raises(ModelError, match="longer than the 256"):
+        model.hidden(torch.zeros(1, 250, 16), torch.tensor([250]), torch.ones(1, 9, dtype=torch.long))
+
+
 def padded(labels: Sequence[Sequence[int]], *, value: int = 3) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=torch.long) for x in labels], batch_first=True, padding_value=value)
 

@@ -29,7 +29,7 @@ class ModelOptions:
     am: str = "duolect-ctc"
     """CTC acoustic model: an embedded name, a model folder, a hub id."""
     lm: UseAppendAction[tuple[str, ...]] = ()
-    """Language model; default: duolect-lm, SmolLM2 fitted to transcripts. An embedded name, folder, .gguf file, hub id, KenLM's .arpa or .bin file; any tokenizer."""
+    """Language model: an embedded name, folder, .gguf file, hub id, KenLM's .arpa or .bin file; default: duolect-lm. Again for several."""
     unit_lm: str = "duolect-unit-lm"
     """Language model in the acoustic model's own labels, for label-wise fusion."""
     aed: str = "whisper-base"

@@ -37,9 +37,7 @@ class HFCausalLM(DecoderScorer):
             self.output = output_layer(model, vocabulary)
         text_config: Any = model.config.get_text_config(decoder=True)
         self._layers = int(text_config.num_hidden_layers)
-        # A sliding window would need masks by distance; histories of speech stay far below it, so that is where we stop.
-        limits = [getattr(text_config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-        self._longest = min((x for x in limits if x), default=2**20)
+        self._longest = longest_history(model)
         _check(self)
 
     @classmethod
@@ -69,11 +67,7 @@ class HFCausalLM(DecoderScorer):
         return [[self.vocabulary.bos, *(self.vocabulary.encode(self.prompt.rstrip()) if self.prompt.strip() else [])]] * rows
 
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
-        if int(new.positions.max()) >= self._longest:
-            raise ModelError(
-                f"a history of {int(new.positions.max()) + 1} labels is longer than the {self._longest} positions that the language model "
-                "attends to: split the audio into shorter segments"
-            )
+        require_positions(int(new.positions.max()) + 1, self._longest)
         mask = new.mask(self.output.weight.dtype)
         with packing(new):
             out = self.decoder(
@@ -125,6 +119,23 @@ def _vocabulary(source: str, config: Any, options: dict[str, Any]) -> Vocabulary
     if (Path(source) / VOCABULARY_FILE).is_file():
         return load_vocabulary(source)
     return TokenizerVocabulary.load(source, **_start_and_end(config), **options)
+
+
+def longest_history(model: PreTrainedModel) -> int:
+    """How many positions the model attends to."""
+    config: Any = model.config.get_text_config(decoder=True)
+    # A sliding window would need masks by distance; histories of speech stay far below it, so that is where we stop.
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((x for x in limits if x), default=2**20)
+
+
+def require_positions(count: int, most: int) -> None:
+    """Raises ModelError for a history, audio and prompts included, of more positions than the model attends to."""
+    if count > most:
+        raise ModelError(
+            f"a history of {count} positions is longer than the {most} that the language model attends to: split the audio into shorter "
+            "segments, or make fewer positions of it (an adapter of a larger factor)"
+        )
 
 
 def output_layer(model: PreTrainedModel, vocabulary: Vocabulary) -> OutputLayer:

@@ -32,7 +32,7 @@ from duolect.models.decoder import DecoderScorer
 from duolect.models.embedded import resolve
 from duolect.models.encoders import frame_mask
 from duolect.models.finetuned import let_learn
-from duolect.models.lm import HFCausalLM, load_language_model, output_layer
+from duolect.models.lm import HFCausalLM, load_language_model, longest_history, output_layer, require_positions
 from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
 from duolect.models.packed import NewNodes, node_cache, packing
 from duolect.models.rehead import Initial, label_embeddings, rehead
@@ -112,7 +112,7 @@ class SpeechLlm(nn.Module, AttentionModel):
             own = own.without_blank()
             rehead(llm, vocabulary, own, initial=dims.initial)
             vocabulary = own
-        self.vocabulary = vocabulary
+        self.vocabulary, self.longest = vocabulary, longest_history(llm)
         HFCausalLM(llm, vocabulary)  # refuses a model that cannot be scored through a trie
         _let_learn(ctc, llm, dims)
         width = matrix.shape[1]
@@ -176,6 +176,7 @@ class SpeechLlm(nn.Module, AttentionModel):
             parts = [torch.cat([before[b], audio[b, : int(n)], text[b]]) for b, n in enumerate(lengths)]
             first = before.shape[1] + lengths + after.shape[1]
             joined = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+            require_positions(joined.shape[1], self.longest)
             mask = self._both_ways(lengths, joined.shape[1]) if self.dims.bidirectional else None
             out = self.decoder(inputs_embeds=joined, attention_mask=mask, use_cache=False).last_hidden_state
             place = first[:, None] + torch.arange(history.shape[1], device=history.device)
@@ -347,6 +348,7 @@ class SpeechLlmScorer(DecoderScorer):
         return [[*before, *range(base, base + n), *after, self.model.begin] for n in spans]
 
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
+        require_positions(int(new.positions.max()) + 1, self.model.longest)
         dims, place = self.model.dims, new.labels - self.vocabulary.size
         sounds = place >= 0
         embedded = self.model.embeddings(new.labels.masked_fill(sounds, self.vocabulary.bos))
