@@ -45,7 +45,7 @@ def test_every_row_is_the_decoding_of_its_title(
     assert all(row.score.errors.words == table[0].score.errors.words for row in table)
 
     # One row by hand: the scales of the file, the prior in step.
-    scales = json.loads((tmp_path / "out/scales/llm-softmax.json").read_text())["scales"]
+    scales = json.loads((tmp_path / "out/scales/llm-softmax-one-pass.json").read_text())["scales"]
     terms = {
         "lm": Language(study.lms["llm"], scales["llm"], Every(3)),
         "prior": Prior("softmax", scales["softmax"], Every(3), words=True),
@@ -65,8 +65,9 @@ def test_every_row_is_the_decoding_of_its_title(
 
 def test_what_is_immediate_is_not_held(study: FusionStudy, models: Models, tmp_path: Path) -> None:
     work = _Study(study, models, tmp_path)
-    lists = work.lists("tune", open_source(study.tune).utterances)
-    tuned = {kind: work.tuned("llm", kind, lists) for kind in work.kinds("llm")}
+    utterances = open_source(study.tune).utterances
+    lists = work.lists("tune", utterances)
+    tuned = {kind: work.tuned("llm", kind, lists, utterances)[1] for kind in work.kinds("llm")}
     made = work.one_pass("llm", tuned, "counts")
     at_once, held = (
         made["+ llm - counts prior, every 3, prior at once"].terms["prior"],

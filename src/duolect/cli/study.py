@@ -74,6 +74,7 @@ def fusion(
     intervals: tuple[int, ...] = (1, 5, 10, 20),
     beams: tuple[int, ...] = (1, 4, 8, 16, 32, 64),
     nbest: int = 64,
+    rounds: int = 1,
     limit: int | None = None,
     device: str = "auto",
 ) -> int:
@@ -94,6 +95,7 @@ def fusion(
         intervals: Frames between two scorings of delayed fusion.
         beams: Beams of one-pass search.
         nbest: Hypotheses of the lists that are rescored and that scales are tuned on.
+        rounds: How often scales are tuned anew on what one-pass search by the last ones found beside the lists.
         limit: Only the first so many utterances of both corpora.
         device: cpu or cuda; auto: a GPU if there is one.
     """
@@ -104,13 +106,14 @@ def fusion(
     from duolect.study.fusion import FusionStudy, measured
 
     quiet()
+    at_least(0, rounds=rounds)
     at_least(1, limit=limit, nbest=nbest, intervals=min(intervals, default=1), beams=min(beams, default=1))
     writable("--out", out, folder=True)
     names = {Path(x).parent.name if Path(x).name == "model" else Path(x).name: x for x in lm}
     if len(names) < len(lm):
         raise ValueError(f"--lm {' '.join(lm)}: two of them have the same name: rename a folder")
     models = Models(device=device_of(device))
-    study = FusionStudy(am, names, tune, test, priors, intervals, beams, nbest=nbest, limit=limit)
+    study = FusionStudy(am, names, tune, test, priors, intervals, beams, nbest=nbest, rounds=rounds, limit=limit)
     table = measured(study, out, models)
     print(plain_table(table))
     (out / "table.md").write_text(markdown_table(table), encoding="utf-8")

@@ -31,8 +31,8 @@ KINDS = ("softmax", "counts", "sampled", "llm")
 class FusionStudy:
     """A CTC model and language models by the names of their rows. tune, test: corpora of other speakers; limit: utterances of each.
 
-    nbest: of the lists that are rescored, and that scales are tuned on; beam: of one-pass search; interval: frames between two scorings
-    where nothing else is said; intervals, beams: what is varied.
+    nbest: of the lists that are rescored, and that scales are tuned on; rounds: how often they are tuned anew with what one-pass search
+    found. beam: of one-pass search; interval: frames between two scorings where nothing else is said; intervals, beams: what is varied.
     """
 
     am: str
@@ -45,6 +45,7 @@ class FusionStudy:
     interval: int = 20
     beam: int = 8
     nbest: int = 64
+    rounds: int = 1
     limit: int | None = None
 
 
@@ -108,39 +109,65 @@ class _Study:
         if timed:
             self.seconds[title] = sum(r.seconds for r in lines)
 
-    def tuned(self, lm: str, kind: str, lists: Sequence[Recognized]) -> Tuned:
-        """The scales of a language model and a prior on n-best lists, that of CTC being 1; also written to a file."""
+    def tuned(self, lm: str, kind: str, lists: Sequence[Recognized], utterances: Sequence[Utterance]) -> tuple[Tuned, Tuned]:
+        """The scales of a language model and a prior for rescoring and for one pass, that of CTC being 1; also written to files.
+
+        The former are the best on the n-best lists; the latter, `rounds` times, on these and all that one-pass search found by the last
+        ones: lists hold nothing that a language model with too large a scale would do, such as leaving words out.
+        """
         prior = f"llm {lm}" if kind == "llm" else kind
-        numbers = nbest_lists(lists, normalizer=normalizer("whisper-english"), parts=["ctc", lm, *([prior] if kind else [])])
+        names = {"ctc": "ctc", "lm": lm, **({"prior": prior} if kind else {})}
         free = {lm: Range(0.0, 2.0), **({prior: Range(-2.0, 0.0, of=lm)} if kind else {})}
-        found = tune(numbers, reference="ctc", free=free)
-        write_scales(self.out / "scales" / f"{_file(lm)}-{kind or 'none'}.json", tuned=found)
-        return found
+        found: list[Tuned] = []
+        for number in range(self.study.rounds + 1):
+            numbers = nbest_lists(lists, normalizer=normalizer("whisper-english"), parts=list(names.values()))
+            found.append(tune(numbers, reference="ctc", free=free))
+            name = f"{_file(lm)}-{kind or 'none'}{'-one-pass' if number else ''}.json"
+            write_scales(self.out / "scales" / name, tuned=found[-1])
+            if number < self.study.rounds:
+                decoding = self.decoding(lm, kind, found[-1], self.usual(lm))
+                heard = self.decoded({f"tune, {_with(lm, kind)}": decoding}, utterances)
+                lists = [_both(a, b, names) for a, b in zip(lists, next(iter(heard.values())), strict=True)]
+        return found[0], found[-1]
+
+    def usual(self, lm: str) -> Schedule:
+        """When a language model is asked where that is not varied."""
+        return EveryLabel() if self.same(lm) else Every(self.study.interval)
+
+    def decoding(
+        self, lm: str, kind: str, tuned: Tuned, when: Schedule, beam: int | None = None, *, prior_when: Schedule | None = None
+    ) -> Decoding:
+        """One-pass search with a language model and a prior, which is in step with it unless prior_when says otherwise."""
+        model, scales = self.study.lms[lm], list(tuned.scales.values())
+        terms: dict[str, Term] = {"lm": Language(model, scales[1], when)}
+        if kind:
+            of = model if kind == "llm" else ""
+            held = not self.same(lm) and prior_when is None and not of
+            terms["prior"] = Prior(kind, scales[2], prior_when or when, words=held, of=of)
+        return TimeSynchronous(beam or self.study.beam, terms)
 
     def one_pass(self, lm: str, tuned: Mapping[str, Tuned], best: str) -> dict[str, Decoding]:
         """The one-pass decodings of a language model by the titles of their rows; best: the prior where it is not varied."""
-        study, model, same = self.study, self.study.lms[lm], self.same(lm)
-
-        def made(kind: str, when: Schedule, beam: int = study.beam, prior_when: Schedule | None = None) -> Decoding:
-            scales = list(tuned[kind].scales.values())
-            terms: dict[str, Term] = {"lm": Language(model, scales[1], when)}
-            if kind:
-                held = not same and prior_when is None
-                of = model if kind == "llm" else ""
-                terms["prior"] = Prior(kind, scales[2], prior_when or when, words=held and not of, of=of)
-            return TimeSynchronous(beam, terms)
-
-        usual: Schedule = EveryLabel() if same else Every(study.interval)
+        study, same, usual, title, found = self.study, self.same(lm), self.usual(lm), _with(lm, best), tuned[best]
         named = "label-wise" if same else f"every {study.interval}"
-        found = {f"{_with(lm, kind)}, {named}": made(kind, usual) for kind in self.kinds(lm)}
-        title = _with(lm, best)
+        made = {f"{_with(lm, kind)}, {named}": self.decoding(lm, kind, tuned[kind], usual) for kind in self.kinds(lm)}
         if not same:
-            found |= {f"{title}, every {n}": made(best, Every(n)) for n in study.intervals if n != study.interval}
-            found |= {f"{title}, word end": made(best, AtWordEnd()), f"{title}, shortest hypothesis": made(best, ShortestHypothesis(4))}
-            found |= (
-                {f"{title}, every {study.interval}, prior at once": made(best, usual, prior_when=EveryLabel())} if best in KINDS[:3] else {}
-            )
-        return found | {f"{title}, {named}, beam {n}": made(best, usual, n) for n in study.beams if n != study.beam}
+            whens: dict[str, Schedule] = {f"every {n}": Every(n) for n in study.intervals if n != study.interval}
+            whens |= {"word end": AtWordEnd(), "shortest hypothesis": ShortestHypothesis(4)}
+            made |= {f"{title}, {name}": self.decoding(lm, best, found, when) for name, when in whens.items()}
+            if best and best != "llm":
+                made[f"{title}, {named}, prior at once"] = self.decoding(lm, best, found, usual, prior_when=EveryLabel())
+        return made | {f"{title}, {named}, beam {n}": self.decoding(lm, best, found, usual, n) for n in study.beams if n != study.beam}
+
+    def decoded(self, decodings: Mapping[str, Decoding], utterances: Sequence[Utterance]) -> dict[str, list[Recognized]]:
+        """What decodings make of utterances, by title; what is in files already is not made again."""
+        # Other scales make another decoding: its file's name says so, and what was decoded by older ones is left alone.
+        files = {t: self.out / "hypotheses" / f"{_file(t)}-{digest(decoding)[:6]}.jsonl" for t, decoding in decodings.items()}
+        known = {title: list(read_hypotheses(path)) for title, path in files.items() if path.is_file()}
+        missing = {t: path for t, path in files.items() if [r.id for r in known.get(t, ())] != [u.id for u in utterances]}
+        if missing:
+            decode_to_files(Recognizer(self.models, self.study.am, {title: decodings[title] for title in missing}), utterances, missing)
+        return {title: list(read_hypotheses(path)) for title, path in files.items()}
 
 
 def measured(study: FusionStudy, out: Path, models: Models) -> tuple[Row, ...]:
@@ -156,28 +183,27 @@ def measured(study: FusionStudy, out: Path, models: Models) -> tuple[Row, ...]:
         )
     lists = {name: work.lists(name, utterances) for name, utterances in heard.items()}
     chosen: dict[str, Decoding] = {"CTC greedy": Greedy(), f"CTC beam {study.beam}": TimeSynchronous(study.beam)}
-    rescoring: dict[str, list[Recognized]] = {}
+    found = work.decoded(chosen, heard["test"])
+    for title, lines in found.items():
+        work.add(title, lines)
     for lm in study.lms:
-        tuned = {kind: work.tuned(lm, kind, lists["tune"]) for kind in work.kinds(lm)}
-        for kind, found in tuned.items():
-            best = [replace(line, nbest=tuple(ranked(line.nbest, found.scales))) for line in lists["test"]]
-            rescoring[f"{_with(lm, kind)}, {study.nbest}-best rescoring"] = best
-        chosen |= work.one_pass(lm, tuned, min(tuned, key=lambda kind: tuned[kind].cross_validated or tuned[kind].wer))
-    # Other scales make another decoding: its name says so, and what was decoded by older ones is left alone.
-    files = {title: out / "hypotheses" / f"{_file(title)}-{digest(decoding)[:6]}.jsonl" for title, decoding in chosen.items()}
-    known = {title: list(read_hypotheses(path)) for title, path in files.items() if path.is_file()}
-    missing = {t: path for t, path in files.items() if [r.id for r in known.get(t, ())] != [u.id for u in heard["test"]]}
-    if missing:
-        recognizer = Recognizer(models, study.am, {title: chosen[title] for title in missing})
-        known |= decode_to_files(recognizer, heard["test"], missing)
-    for title in list(chosen)[:2]:
-        work.add(title, known[title])
-    for lm in study.lms:  # a language model's lines together: first of lists, then of one pass
-        for title, lines in {**rescoring, **known}.items():
-            if title.startswith((f"+ {lm},", f"+ {lm} -")) and title not in work.scores:
-                work.add(title, lines, timed=title in known)
-    audio = sum(float(r.fields.get("duration") or 0.0) for r in known["CTC greedy"])
+        tuned = {kind: work.tuned(lm, kind, lists["tune"], heard["tune"]) for kind in work.kinds(lm)}
+        for kind, (scales, _) in tuned.items():
+            best = [replace(line, nbest=tuple(ranked(line.nbest, scales.scales))) for line in lists["test"]]
+            work.add(f"{_with(lm, kind)}, {study.nbest}-best rescoring", best, timed=False)
+        passed = {kind: scales for kind, (_, scales) in tuned.items()}
+        decodings = work.one_pass(lm, passed, min(passed, key=lambda kind: passed[kind].cross_validated or passed[kind].wer))
+        for title, lines in work.decoded(decodings, heard["test"]).items():
+            work.add(title, lines)
+    audio = sum(float(r.fields.get("duration") or 0.0) for r in found["CTC greedy"])
     return rows(work.scores, seconds=work.seconds, audio_seconds=audio)
+
+
+def _both(line: Recognized, other: Recognized, names: Mapping[str, str]) -> Recognized:
+    """A line with the hypotheses of another that it lacks, their parts renamed by `names`; how they were found is forgotten."""
+    here = {h.labels for h in line.nbest}
+    new = [replace(h, parts={names[part]: x for part, x in h.parts.items()}) for h in other.nbest if h.labels not in here]
+    return replace(line, nbest=(*line.nbest, *new))
 
 
 def _with(lm: str, kind: str) -> str:
