@@ -191,7 +191,9 @@ def _precision() -> Literal["fp32", "bf16"]:
 
 
 def _named(sources: Sequence[str]) -> dict[str, str]:
-    return {Path(x).parent.name if Path(x).suffix == ".jsonl" else Path(x).stem: str(x) for x in sources}
+    """Validation texts by short names, or by their whole paths where these are the same."""
+    short = [Path(x).parent.name if Path(x).name == "manifest.jsonl" else Path(x).stem for x in sources]
+    return {name if short.count(name) == 1 else str(x): str(x) for name, x in zip(short, sources, strict=True)}
 
 
 def _say(text: str) -> None:
