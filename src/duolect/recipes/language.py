@@ -132,6 +132,9 @@ def run(
         save_fitted(folder, llm, weights, vocabulary, dims=experiment.dims, written=written, card=card, source=source)
 
     task = LmTask(llm, vocabulary, experiment.learning, corpora, checks, seed=experiment.training.seed, save=save)
+    updates = sum(task.sizes) * (experiment.training.epochs or 0) / experiment.learning.batch_labels
+    if 0 < updates < 100 and experiment.training.steps is None and world.first:
+        _say(f"about {max(1, round(updates))} updates, so it learns little: --set learning.batch_labels=200 training.epochs=5 makes more")
     layers = [layer for module in llm.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
     return train(task, experiment.training, out, world=world, layers=layers, mirror=mirror)
 
