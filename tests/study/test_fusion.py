@@ -79,7 +79,9 @@ def test_what_is_immediate_is_not_held(study: FusionStudy, models: Models, tmp_p
 
 
 def test_a_folder_of_other_or_changed_models_is_refused(study: FusionStudy, tmp_path: Path) -> None:
+    _same_models(replace(study, nbest=9), tmp_path)  # failed before it made anything
     _same_models(study, tmp_path)
+    (tmp_path / "tune.jsonl").touch()
     _same_models(replace(study, beams=(2,), lms={"llm": study.lms["llm"], "more": study.lms["unit"]}), tmp_path)
     for other in (replace(study, nbest=7), replace(study, am=study.lms["llm"]), replace(study, lms={"llm": study.lms["unit"]})):
         with pytest.raises(ValueError, match="holds a study of another or since changed --"):

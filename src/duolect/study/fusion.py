@@ -195,7 +195,7 @@ def _same_models(study: FusionStudy, out: Path) -> None:
         out / "models.json",
         {"--am": state(study.am), **{f"--lm {x}": state(y) for x, y in study.lms.items()}, "--nbest": study.nbest},
     )
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and (out / "tune.jsonl").is_file() else {}
     if other := [name for name in new if old.get(name, new[name]) != new[name]]:
         raise ValueError(
             f"{out} holds a study of another or since changed {', '.join(other)} (see {path}): name another --out, or delete the folder"
