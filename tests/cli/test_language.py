@@ -47,7 +47,7 @@ def test_the_command_line(text: Path, units: Path, sources: dict[str, Path], tmp
     )
 
 
-def test_short_texts_and_unknown_words_are_said(text: Path, units: Path, tmp_path: Path, duolect) -> None:
+def test_short_texts_and_unknown_words_are_said(text: Path, units: Path, sources: dict[str, Path], tmp_path: Path, duolect) -> None:
     small = ["model.dim=16", "model.heads=1", "model.layers=1", "training.precision=fp32"]
     same = tmp_path / "other" / text.name
     same.parent.mkdir()
@@ -66,5 +66,12 @@ def test_short_texts_and_unknown_words_are_said(text: Path, units: Path, tmp_pat
         2,
         f"duolect: {tmp_path / 'empty.txt'}: has no sentence: name a text with one a line, or a manifest with texts\n",
     )
+    code, out, err = duolect("lm", "ppl", "--lm", tmp_path / "a", "--text", text)
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        f"duolect: {tmp_path / 'a'}: is the folder of a training run: name {tmp_path / 'a' / 'model'}",
+    )
+    code, out, err = duolect("lm", "finetune", sources["qwen2"], "--text", text, "--learns", "nothing", "--out", tmp_path / "b")
+    assert code == 2 and "is to learn: name new units with --units" in err and not (tmp_path / "b").exists()
     code, out, err = duolect("lm", "finetune", tmp_path / "a.arpa", "--text", text)
     assert code == 2 and "a.arpa: is an n-gram, expected a causal language model" in err

@@ -116,6 +116,8 @@ def run(
     units = _units(experiment.units)
     llm, vocabulary, source = _model(experiment, units)
     vocabulary = fitted(llm, vocabulary, experiment.dims, units=units)
+    if not any(p.requires_grad for p in llm.parameters()):
+        raise TrainError(f"nothing of {experiment.model} is to learn: name new units with --units, or --learns lora or all")
     if world.first:
         RunFolder.open(out, recipe=experiment, device=str(world.device), seed=experiment.training.seed, command=command)
         write_json(out / "deviations.json", list(deviations))
