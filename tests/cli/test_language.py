@@ -45,3 +45,33 @@ def test_the_command_line(text: Path, units: Path, sources: dict[str, Path], tmp
         2,
         f"duolect: {tmp_path / 'none.txt'}: cannot be read (No such file or directory): name a text file or a manifest\n",
     )
+
+
+def test_short_texts_and_unknown_words_are_said(text: Path, units: Path, sources: dict[str, Path], tmp_path: Path, duolect) -> None:
+    small = ["model.dim=16", "model.heads=1", "model.layers=1", "training.precision=fp32"]
+    same = tmp_path / "other" / text.name
+    same.parent.mkdir()
+    same.write_text(text.read_text())
+    code, out, err = duolect(
+        "lm", "train", "--text", text, "--check", text, same, "--units", units, "--set", *small, "--out", tmp_path / "a"
+    )
+    assert code == 0 and "updates, so it learns little" in err and f"{text} word PPL" in out and f"{same} word PPL" in out, err
+    (tmp_path / "odd.txt").write_text(TEXTS[0] + "\n\u4f60\u597d\n")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    code, out, err = duolect("lm", "ppl", "--lm", tmp_path / "a/model", "--text", tmp_path / "odd.txt", text)
+    assert code == 0 and err.count("do not compare its perplexity") == 1, err
+    assert "50% of the sentences have words or letters that it does not know, such as '\u4f60\u597d'" in err
+    code, out, err = duolect("lm", "ppl", "--lm", tmp_path / "a/model", "--text", tmp_path / "empty.txt")
+    assert (code, err) == (
+        2,
+        f"duolect: {tmp_path / 'empty.txt'}: has no sentence: name a text with one a line, or a manifest with texts\n",
+    )
+    code, out, err = duolect("lm", "ppl", "--lm", tmp_path / "a", "--text", text)
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        f"duolect: {tmp_path / 'a'}: is the folder of a training run: name {tmp_path / 'a' / 'model'}",
+    )
+    code, out, err = duolect("lm", "finetune", sources["qwen2"], "--text", text, "--learns", "nothing", "--out", tmp_path / "b")
+    assert code == 2 and "is to learn: name new units with --units" in err and not (tmp_path / "b").exists()
+    code, out, err = duolect("lm", "finetune", tmp_path / "a.arpa", "--text", text)
+    assert code == 2 and "a.arpa: is an n-gram, expected a causal language model" in err

@@ -18,7 +18,7 @@ def test_lines_equal_those_of_a_plain_reader(text: str, block: int, tmp_path: Pa
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     lines = TextLines(path)
-    assert list(lines) == [" ".join(line.split()) for line in text.split("\n") if line.strip()]
+    assert list(lines) == [" ".join(line.removeprefix("\ufeff").split()) for line in text.split("\n") if line.strip()]
     assert lines.sizes.tolist() == [len(line.encode()) for line in text.split("\n") if line.strip()]
     assert list(TextLines(path, case="upper")) == [line.upper() for line in lines]
     assert lines[1:] == list(lines)[1:]
@@ -35,7 +35,13 @@ def test_a_manifest(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "manifest.jsonl").write_text("[1]\n")
     (tmp_path / "latin.txt").write_bytes(b"abc\n\xe4")
-    for name, said in (("manifest.jsonl", "no line of a manifest"), ("none.txt", "No such file"), ("latin.txt", "not UTF-8")):
+    (tmp_path / "number.jsonl").write_text('{"text": 5}\n')
+    for name, said in (
+        ("manifest.jsonl", "no line of a manifest"),
+        ("number.jsonl", "its text is 5, expected a string"),
+        ("none.txt", "No such file"),
+        ("latin.txt", "not UTF-8"),
+    ):
         with pytest.raises(TextError, match=said):
             TextLines(tmp_path / name)
     (tmp_path / "a.txt").write_text("one")

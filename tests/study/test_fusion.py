@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from duolect.recognize.models import Models
 from duolect.recognize.recognizer import Recognizer
 from duolect.scorer import read_hypotheses
 from duolect.search.fusion import Every, EveryLabel
-from duolect.study.fusion import FusionStudy, _Study, measured
+from duolect.study.fusion import FusionStudy, _same_models, _Study, measured
 
 
 @pytest.fixture
@@ -76,6 +77,20 @@ def test_what_is_immediate_is_not_held(study: FusionStudy, models: Models, tmp_p
     assert isinstance(at_once, Prior) and isinstance(held, Prior)
     assert (at_once.words, at_once.when, held.words, held.when) == (False, EveryLabel(), True, Every(3))
     assert at_once.scale == held.scale == tuned["counts"].scales["counts"]
+
+
+def test_a_folder_of_other_or_changed_models_is_refused(study: FusionStudy, tmp_path: Path) -> None:
+    _same_models(replace(study, nbest=9), tmp_path)  # failed before it made anything
+    _same_models(study, tmp_path)
+    (tmp_path / "tune.jsonl").touch()
+    _same_models(replace(study, beams=(2,), lms={"llm": study.lms["llm"], "more": study.lms["unit"]}), tmp_path)
+    for other in (replace(study, nbest=7), replace(study, am=study.lms["llm"]), replace(study, lms={"llm": study.lms["unit"]})):
+        with pytest.raises(ValueError, match="holds a study of another or since changed --"):
+            _same_models(other, tmp_path)
+    weights = Path(study.lms["llm"]) / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 10**12))
+    with pytest.raises(ValueError, match=r"changed --lm llm \(see .*models.json\): name another --out"):
+        _same_models(study, tmp_path)
 
 
 def test_scales_need_speech_of_their_own(study: FusionStudy, models: Models, tmp_path: Path) -> None:

@@ -290,6 +290,8 @@ def test_rates_warm_up_and_decay() -> None:
     cosine, linear, constant = (WarmUp(10, then, 0.1) for then in ("cosine", "linear", "constant"))  # type: ignore[arg-type]
     assert cosine.share(0, 0.0) == pytest.approx(0.1) and cosine.share(9, 0.0) == cosine.share(10, 0.0) == 1.0
     assert cosine.share(99, 0.5) == pytest.approx(0.55) == linear.share(99, 0.5)
+    assert linear.share(3, 0.05) == pytest.approx(0.4 * 0.955)  # of 80 updates: the warm-up is as long as it says
+    assert linear.share(1, 0.5) == pytest.approx(0.55)  # of 4 updates: not all of them are warm-up
     assert cosine.share(99, 1.0) == cosine.share(99, 2.0) == pytest.approx(0.1) and constant.share(99, 1.0) == 1.0
 
 

@@ -104,6 +104,7 @@ def ppl(
     from duolect.cli.options import device_of, quiet
     from duolect.data.text import TextLines
     from duolect.evaluate.perplexity import Scored, json_rows, perplexities, plain_rows
+    from duolect.models.ngram import reads
     from duolect.recognize.decoding import policy_of
     from duolect.recognize.models import Models
     from duolect.run import write_json
@@ -114,6 +115,9 @@ def ppl(
     quiet()
     models = Models(device=device_of(device), precision=precision)
     sources = {str(path): TextLines(path) for path in text}
+    for lines in sources.values():
+        if not len(lines):
+            raise ValueError(f"{lines.path}: has no sentence: name a text with one a line, or a manifest with texts")
     rows = []
     for name in lm:
         scorer = models.language(name, prompt=prompt)
@@ -121,16 +125,21 @@ def ppl(
         for path, lines in sources.items():
             chosen = range(len(lines))[:: max(1, -(-len(lines) // limit) if limit else 1)]
             scored: list[Scored] = []
+            unread: list[str] = []
             title = f"{name} on {Path(path).name}"
             for start in tqdm(range(0, len(chosen), batch), desc=title, unit="batch", disable=not sys.stderr.isatty()):
                 some = [lines.fields(i) for i in chosen[start : start + batch]]
                 written = [policy.text(x["text"]) for x in some]
+                unread += [x for x in written if not reads(scorer, x)]
                 for fields, said, (score, labels) in zip(
                     some, written, text_scores(scorer, written, begun=bool(prompt.strip())), strict=True
                 ):
                     domain = str(fields[by]) if by in fields else ""
                     scored.append(Scored(domain, -score, labels, len(said.split()) + 1))
             rows += perplexities(scored, model=name, text=path)
+            if unread:
+                share = f"{100 * len(unread) / len(scored):.0f}% of the sentences have words or letters that it does not know"
+                models.say(f"{title}: {share}, such as {unread[0][:60]!r}: do not compare its perplexity with others'")
     print(plain_rows(rows))
     if json is not None:
         write_json(json, json_rows(rows))

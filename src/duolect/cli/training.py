@@ -83,5 +83,5 @@ def trained(plain: Any, run: Callable[..., Any], out: Path, options: RunOptions)
     world = join("shard" if options.shard else "replicate", options.device)
     figures = run(experiment, out, world=world, mirror=options.mirror, deviations=diff(plain, experiment))
     if world.first:
-        print(f"{out / 'model'}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+        print(": ".join(filter(None, (str(out / "model"), ", ".join(f"{name} {value:.2f}" for name, value in figures.items())))))
     return 0

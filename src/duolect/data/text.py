@@ -59,12 +59,14 @@ class TextLines(Sequence[str]):
             raise IndexError(f"{self.path} has {len(self)} sentences, asked for number {index}")
         with open(self.path, "rb") as file:
             file.seek(start := int(self._starts[index]))
-            line = file.read(int(self._ends[index]) - start).decode("utf-8")
+            line = file.read(int(self._ends[index]) - start).decode("utf-8-sig")
         if not self.is_manifest:
             return {"text": line}
         try:
             found: dict[str, Any] = json.loads(line)
-            return {**found, "text": found.get("text") or ""}
+            if not isinstance(text := found.get("text") or "", str):
+                raise TypeError(f"its text is {text!r}, expected a string")
+            return {**found, "text": text}
         except (ValueError, AttributeError, TypeError) as error:
             raise TextError(f"{self.path}: {line[:60]!r} is no line of a manifest ({error}): correct or remove it") from None
 

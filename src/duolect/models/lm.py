@@ -15,6 +15,7 @@ from duolect.models.ctc import read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.embedded import resolve
 from duolect.models.finetuned import KIND, load_fitted, written_of
+from duolect.models.ngram import NGRAM_FILES
 from duolect.models.packed import NewNodes, node_cache, packing, use_packed_attention
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, VocabularyError, load_vocabulary
 
@@ -86,6 +87,10 @@ def load_language_model(
     """The model of transformers of a hub id, a folder (of transformers or of ours) or a .gguf file, and its vocabulary. ModelError."""
     if _type(name) == KIND:
         return load_fitted(Path(name), load_language_model(resolve(read_config(Path(name))["source"]), dtype=dtype))
+    if str(name).endswith(NGRAM_FILES):
+        raise ModelError(f"{name}: is an n-gram, expected a causal language model of transformers: name smollm2-135m, a folder or a hub id")
+    if not (Path(name) / "config.json").is_file() and (Path(name) / "model" / "config.json").is_file():
+        raise ModelError(f"{name}: is the folder of a training run: name {Path(name) / 'model'}")
     source, options = _located(name, gguf_file)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa", **options)

@@ -128,6 +128,14 @@ class NgramScorer(Scorer[States]):
         return self._known[state]
 
 
+def reads(scorer: Scorer[Any], text: str) -> bool:
+    """Whether the scorer knows all of a text; what it does not know costs as <unk> does, or nothing."""
+    labels = scorer.vocabulary.encode(text)
+    if isinstance(scorer, NgramScorer):
+        return all(scorer.vocabulary.piece(x) in scorer.model for x in labels)
+    return scorer.vocabulary.decode(labels).split() == text.split()
+
+
 def load_ngram(path: str | Path, *, over: Vocabulary | None = None, prompt: str = "", oov: float = 0.0) -> NgramScorer:
     """The scorer of an ARPA or binary file: over the labels of `over` where the file has those, else over words. Raises ModelError."""
     try:

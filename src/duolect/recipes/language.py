@@ -116,6 +116,8 @@ def run(
     units = _units(experiment.units)
     llm, vocabulary, source = _model(experiment, units)
     vocabulary = fitted(llm, vocabulary, experiment.dims, units=units)
+    if not any(p.requires_grad for p in llm.parameters()):
+        raise TrainError(f"nothing of {experiment.model} is to learn: name new units with --units, or --learns lora or all")
     if world.first:
         RunFolder.open(out, recipe=experiment, device=str(world.device), seed=experiment.training.seed, command=command)
         write_json(out / "deviations.json", list(deviations))
@@ -132,6 +134,9 @@ def run(
         save_fitted(folder, llm, weights, vocabulary, dims=experiment.dims, written=written, card=card, source=source)
 
     task = LmTask(llm, vocabulary, experiment.learning, corpora, checks, seed=experiment.training.seed, save=save)
+    updates = sum(task.sizes) * (experiment.training.epochs or 0) / experiment.learning.batch_labels
+    if 0 < updates < 100 and experiment.training.steps is None and world.first:
+        _say(f"about {max(1, round(updates))} updates, so it learns little: --set learning.batch_labels=200 training.epochs=5 makes more")
     layers = [layer for module in llm.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
     return train(task, experiment.training, out, world=world, layers=layers, mirror=mirror)
 
@@ -191,7 +196,9 @@ def _precision() -> Literal["fp32", "bf16"]:
 
 
 def _named(sources: Sequence[str]) -> dict[str, str]:
-    return {Path(x).parent.name if Path(x).suffix == ".jsonl" else Path(x).stem: str(x) for x in sources}
+    """Validation texts by short names, or by their whole paths where these are the same."""
+    short = [Path(x).parent.name if Path(x).name == "manifest.jsonl" else Path(x).stem for x in sources]
+    return {name if short.count(name) == 1 else str(x): str(x) for name, x in zip(short, sources, strict=True)}
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from duolect.recognize.decoding import Decoding, Greedy, Language, Prior, Term, 
 from duolect.recognize.files import decode_to_files
 from duolect.recognize.models import Models
 from duolect.recognize.recognizer import Recognizer
+from duolect.run import write_json
 from duolect.scorer import Recognized, Scorer, read_hypotheses, write_hypotheses
 from duolect.search.fusion import AtWordEnd, Every, EveryLabel, LabelPrior, Schedule, ShortestHypothesis
 from duolect.search.rescore import LabelsOf, labels_of_text, own_labels, ranked, rescored
@@ -173,6 +175,7 @@ class _Study:
 def measured(study: FusionStudy, out: Path, models: Models) -> tuple[Row, ...]:
     """The rows of a study; what is in `out` already is not made again. ValueError, ModelError, PriorError for what cannot be compared."""
     work, heard = _Study(study, models, out), {}
+    _same_models(study, out)
     for name, source in (("tune", study.tune), ("test", study.test)):
         heard[name] = [u for u in open_source(source).utterances if u.text is not None][: study.limit]
         if not heard[name]:
@@ -204,6 +207,26 @@ def _both(line: Recognized, other: Recognized, names: Mapping[str, str]) -> Reco
     here = {h.labels for h in line.nbest}
     new = [replace(h, parts={names[part]: x for part, x in h.parts.items()}) for h in other.nbest if h.labels not in here]
     return replace(line, nbest=(*line.nbest, *new))
+
+
+def _same_models(study: FusionStudy, out: Path) -> None:
+    """Writes out/models.json; ValueError where what lies there is of other models, or of older weights in the same folders."""
+
+    def state(name: str) -> list[Any]:
+        place = Path(name)
+        files = [x for x in (place, *place.glob("*")) if x.is_file()]
+        return [str(place.resolve()) if files else name, max((x.stat().st_mtime_ns for x in files), default=0)]
+
+    path, new = (
+        out / "models.json",
+        {"--am": state(study.am), **{f"--lm {x}": state(y) for x, y in study.lms.items()}, "--nbest": study.nbest},
+    )
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and (out / "tune.jsonl").is_file() else {}
+    if other := [name for name in new if old.get(name, new[name]) != new[name]]:
+        raise ValueError(
+            f"{out} holds a study of another or since changed {', '.join(other)} (see {path}): name another --out, or delete the folder"
+        )
+    write_json(path, {**old, **new})
 
 
 def _with(lm: str, kind: str) -> str:

@@ -27,7 +27,7 @@ class Schedule(ABC):
 @registered
 @dataclass(frozen=True)
 class WarmUp(Schedule):
-    """Linear over the first `steps` updates, then down to final_share of the peak at the end of the run."""
+    """Linear over the first `steps` updates (the first quarter, if the run is shorter than that), then down to final_share of the peak."""
 
     steps: int = 100
     then: Literal["cosine", "linear", "constant"] = "cosine"
@@ -36,7 +36,7 @@ class WarmUp(Schedule):
     def share(self, step: int, progress: float) -> float:
         progress = min(1.0, max(0.0, progress))
         shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[self.then]
-        return min(1.0, (step + 1) / max(1, self.steps)) * (self.final_share + (1 - self.final_share) * shape)
+        return min(1.0, max((step + 1) / max(1, self.steps), 4 * progress)) * (self.final_share + (1 - self.final_share) * shape)
 
 
 @registered
