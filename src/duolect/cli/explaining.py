@@ -138,6 +138,10 @@ def _rescored(made: Mapping[str, Any], models: ModelOptions, name: str, unknown:
     if name and name not in unknown:
         raise ValueError(f"--name {name}: expected a part that the decoding does not know: {', '.join(unknown) or 'there is none'}")
     lms: tuple[str, ...] = models.lm
+    if lms and made and not name and all(part in found for part in unknown):
+        raise ValueError(
+            f"--lm {lms[0]}: the hypotheses' .json says by which model each part is: leave --lm out, or name a part with --name"
+        )
     if lms and (rest := [name] if name else [part for part in unknown if part not in found]):
         if len(rest) > 1:
             raise ValueError(f"--lm {lms[0]}: the decoding does not know {', '.join(rest)}: say with --name which of them is by that model")

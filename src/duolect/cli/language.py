@@ -104,6 +104,7 @@ def ppl(
     from duolect.cli.options import device_of, quiet
     from duolect.data.text import TextLines
     from duolect.evaluate.perplexity import Scored, json_rows, perplexities, plain_rows
+    from duolect.models import ModelError
     from duolect.models.ngram import reads
     from duolect.recognize.decoding import policy_of
     from duolect.recognize.models import Models
@@ -131,9 +132,12 @@ def ppl(
                 some = [lines.fields(i) for i in chosen[start : start + batch]]
                 written = [policy.text(x["text"]) for x in some]
                 unread += [x for x in written if not reads(scorer, x)]
-                for fields, said, (score, labels) in zip(
-                    some, written, text_scores(scorer, written, begun=bool(prompt.strip())), strict=True
-                ):
+                try:
+                    found = text_scores(scorer, written, begun=bool(prompt.strip()))
+                except ModelError as error:
+                    longest = max(written, key=len)
+                    raise ValueError(f"{path}: {name} cannot read a sentence, perhaps {longest[:40]!r}...: {error}") from error
+                for fields, said, (score, labels) in zip(some, written, found, strict=True):
                     domain = str(fields[by]) if by in fields else ""
                     scored.append(Scored(domain, -score, labels, len(said.split()) + 1))
             rows += perplexities(scored, model=name, text=path)

@@ -45,6 +45,8 @@ def doctor() -> int:
         except metadata.PackageNotFoundError:
             print(f"{name:11} not installed")
             problems.append(f"{name} is missing: pip install '{f'duolect[{extras[name]}]' if name in extras else 'duolect'}'")
+    if not find_spec("kenlm"):
+        print("kenlm       not installed; n-grams (.arpa, .bin) cannot be read: pip install 'duolect[ngram]'")
     for name in ("torchaudio", "torchcodec", "kernels"):
         if find_spec(name):
             problems.append(

@@ -162,6 +162,8 @@ def _phrases(named: Sequence[str]) -> dict[str, float]:
                 found |= {phrase: float(weight or 1.0)} if phrase.strip() else {}
             except ValueError:
                 raise ValueError(f"{name}:{number}: {weight!r} is no weight: expected phrase, tab, number") from None
+    if named and not found:
+        raise ValueError(f"--context {named[0]}: has no phrase: write one a line")
     return found
 
 

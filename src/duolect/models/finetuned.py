@@ -20,8 +20,8 @@ from duolect.models.rehead import Initial, rehead
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, load_vocabulary
 
 Learns = Literal["all", "lora", "nothing"]
-Written = Literal["keep", "lower", "sentence"]
-"""How the text that a model learned from is written: any way, in lower case without punctuation, as sentences."""
+Written = Literal["keep", "lower", "upper", "sentence"]
+"""How the text that a model learned from is written: any way, in lower or upper case without punctuation, as sentences."""
 
 KIND = "language"
 
@@ -102,6 +102,7 @@ def save_fitted(
         config = {"type": KIND, "source": source, "dims": to_json(dims), "written": written, "vocabulary": vocabulary.digest()}
     if dims.learns == "all" or not isinstance(vocabulary, TokenizerVocabulary):  # a tokenizer comes with the source
         vocabulary.save(folder)
+    config.pop("_name_or_path", None)  # a place on the machine it was trained on
     save_model(folder, json.loads(json.dumps(config, default=str)), kept, card=card, dtype=dtype)
 
 

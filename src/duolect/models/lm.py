@@ -138,8 +138,8 @@ def require_positions(count: int, most: int) -> None:
     """Raises ModelError for a history, audio and prompts included, of more positions than the model attends to."""
     if count > most:
         raise ModelError(
-            f"a history of {count} positions is longer than the {most} that the language model attends to: split the audio into shorter "
-            "segments, or make fewer positions of it (an adapter of a larger factor)"
+            f"a history of {count} positions is longer than the {most} that the language model attends to: split audio or text into "
+            "shorter pieces (in a speech LLM, an adapter of a larger factor also helps)"
         )
 
 

@@ -126,7 +126,7 @@ def run(
         size, learns = (sum(p.numel() for p in llm.parameters() if p.requires_grad or rest) / 1e6 for rest in (True, False))
         _say(f"{size:.1f} M parameters, {learns:.1f} M of them learn; {vocabulary.size} labels; on {world.size} x {world.device}")
     world.barrier()
-    written: Written = "lower" if experiment.case == "lower" else "keep"
+    written: Written = experiment.case
     name = experiment.model if isinstance(experiment.model, str) else "a Transformer from scratch"
 
     def save(folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None:

@@ -74,7 +74,12 @@ class Batch:
         return scorer
 
 
-WRITTEN = {"keep": TextPolicy(), "sentence": TextPolicy(case="sentence", end="."), "lower": TextPolicy(case="lower", punctuation="drop")}
+WRITTEN = {
+    "keep": TextPolicy(),
+    "sentence": TextPolicy(case="sentence", end="."),
+    "lower": TextPolicy(case="lower", punctuation="drop"),
+    "upper": TextPolicy(case="upper", punctuation="drop"),
+}
 """How words are written for a model by the looks of its text."""
 
 
