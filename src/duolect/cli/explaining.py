@@ -137,7 +137,7 @@ def _rescored(made: Mapping[str, Any], models: ModelOptions, name: str, unknown:
     found = {part: Language(x["lm"], 1.0, prompt=x["prompt"]) for part, x in made.get("rescored", {}).items() if part in unknown}
     if name and name not in unknown:
         raise ValueError(f"--name {name}: expected a part that the decoding does not know: {', '.join(unknown) or 'there is none'}")
-    lms: tuple[str, ...] = models.lm
+    lms = list(models.lm)
     if lms and made and not name and all(part in found for part in unknown):
         raise ValueError(
             f"--lm {lms[0]}: the hypotheses' .json says by which model each part is: leave --lm out, or name a part with --name"
