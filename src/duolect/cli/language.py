@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from duolect.cli.checks import at_least, writable
 from duolect.cli.training import RunOptions, trained
+
+if TYPE_CHECKING:
+    from duolect.evaluate.perplexity import Scored
 
 
 def finetune(
@@ -103,13 +106,10 @@ def ppl(
 
     from duolect.cli.options import device_of, quiet
     from duolect.data.text import TextLines
-    from duolect.evaluate.perplexity import Scored, json_rows, perplexities, plain_rows
-    from duolect.models import ModelError
+    from duolect.evaluate.perplexity import json_rows, perplexities, plain_rows
     from duolect.models.ngram import reads
-    from duolect.recognize.decoding import policy_of
     from duolect.recognize.models import Models
     from duolect.run import write_json
-    from duolect.search.rescore import text_scores
 
     at_least(1, limit=limit, batch=batch)
     writable("--json", json)
@@ -122,29 +122,37 @@ def ppl(
     rows = []
     for name in lm:
         scorer = models.language(name, prompt=prompt)
-        policy = policy_of(scorer)
         for path, lines in sources.items():
             chosen = range(len(lines))[:: max(1, -(-len(lines) // limit) if limit else 1)]
-            scored: list[Scored] = []
-            unread: list[str] = []
             title = f"{name} on {Path(path).name}"
+            found = []
             for start in tqdm(range(0, len(chosen), batch), desc=title, unit="batch", disable=not sys.stderr.isatty()):
                 some = [lines.fields(i) for i in chosen[start : start + batch]]
-                written = [policy.text(x["text"]) for x in some]
-                unread += [x for x in written if not reads(scorer, x)]
-                try:
-                    found = text_scores(scorer, written, begun=bool(prompt.strip()))
-                except ModelError as error:
-                    longest = max(written, key=len)
-                    raise ValueError(f"{path}: {name} cannot read a sentence, perhaps {longest[:40]!r}...: {error}") from error
-                for fields, said, (score, labels) in zip(some, written, found, strict=True):
-                    domain = str(fields[by]) if by in fields else ""
-                    scored.append(Scored(domain, -score, labels, len(said.split()) + 1))
-            rows += perplexities(scored, model=name, text=path)
-            if unread:
-                share = f"{100 * len(unread) / len(scored):.0f}% of the sentences have words or letters that it does not know"
+                found += _scored(scorer, some, by, title, begun=bool(prompt.strip()))
+            rows += perplexities([x for x, _ in found], model=name, text=path)
+            if unread := [text for _, text in found if not reads(scorer, text)]:
+                share = f"{100 * len(unread) / len(found):.0f}% of the sentences have words or letters that it does not know"
                 models.say(f"{title}: {share}, such as {unread[0][:60]!r}: do not compare its perplexity with others'")
     print(plain_rows(rows))
     if json is not None:
         write_json(json, json_rows(rows))
     return 0
+
+
+def _scored(scorer: Any, lines: list[dict[str, Any]], by: str, title: str, *, begun: bool) -> list[tuple[Scored, str]]:
+    """What a language model says of lines of a manifest, and the text that it read of each."""
+    from duolect.evaluate.perplexity import Scored
+    from duolect.models import ModelError
+    from duolect.recognize.decoding import policy_of
+    from duolect.search.rescore import text_scores
+
+    texts = [policy_of(scorer).text(x["text"]) for x in lines]
+    try:
+        found = text_scores(scorer, texts, begun=begun)
+    except ModelError as error:
+        raise ValueError(f"{title}: it cannot read a sentence, perhaps {max(texts, key=len)[:40]!r}...: {error}") from error
+    domains = [str(x[by]) if by in x else "" for x in lines]
+    return [
+        (Scored(domain, -score, labels, len(text.split()) + 1), text)
+        for domain, text, (score, labels) in zip(domains, texts, found, strict=True)
+    ]
