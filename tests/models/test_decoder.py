@@ -128,7 +128,7 @@ def test_batch_of_rows_equals_each_alone(letters):
 def test_histories_longer_than_the_model_are_refused(letters):
     config = GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=6, bos_token_id=4, eos_token_id=4)
     lm = HFCausalLM(AutoModelForCausalLM.from_config(config), letters)
-    with pytest.raises(ModelError, match="6 positions"):
+    with pytest.raises(ModelError, match="longer than the 6 that"):
         lm.advance(lm.start(1), torch.zeros(1, 9, dtype=torch.long), torch.tensor([9]))
 
 
