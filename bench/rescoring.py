@@ -63,7 +63,7 @@ def lists(path: Path | None, *, utterances: int, size: int, quick: bool) -> tupl
         if not found:
             sys.exit(f"error: {path} has no line with an n-best list: decode with a beam of {size}")
         step = max(len(found) // utterances, 1)
-        return found[::step][:utterances], str(path)
+        return found[::step][:utterances], path.name
     longest = 8 if quick else 28
     made = [nbest_list(words=longest - b % 3 * longest // 4, size=size, doubtful=8, seed=b) for b in range(utterances)]
     return made, "made up: eight doubtful places, late rather than early, the likeliest combinations"
