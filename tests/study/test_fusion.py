@@ -96,3 +96,8 @@ def test_a_folder_of_other_or_changed_models_is_refused(study: FusionStudy, tmp_
 def test_scales_need_speech_of_their_own(study: FusionStudy, models: Models, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"are in .* and in .*: scales need speech of their own"):
         measured(replace(study, tune=study.test), tmp_path / "out", models)
+
+
+def test_a_language_model_is_no_other_part(study: FusionStudy, models: Models, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is called counts, as another part"):
+        measured(replace(study, lms={"counts": study.lms["llm"]}), tmp_path / "out", models)

@@ -129,17 +129,7 @@ def tune(
         figure_class()
     shown = sys.stderr.isatty()
     lines = list(tqdm(read_hypotheses(hypotheses), desc="lines read", unit="", disable=not shown))
-    if not lines:
-        raise ValueError(f"{hypotheses} is empty: there is nothing to tune on")
-    if not (there := {name for line in lines for h in line.nbest for name in h.parts}):
-        raise ValueError(
-            f"{hypotheses}: no hypothesis has parts (a manifest? another system's output?): `duolect decode` and `rescore` write them"
-        )
-    names = parts or tuple(sorted(there - {reference}))
-    if not names:
-        raise ValueError(f"{hypotheses}: the hypotheses have no part but {reference}: add one with `duolect rescore`")
-    if unknown := [name for name in (reference, *names) if name not in there]:
-        raise ValueError(f"{hypotheses}: the hypotheses have no part {', '.join(unknown)}, only {', '.join(sorted(there))}: rescore them")
+    names = _parts(lines, parts, reference, hypotheses)
     groups = _groups(lines, by, hypotheses) if by else None
     counted = tqdm(lines, desc="errors counted", unit="", disable=not shown)
     lists = nbest_lists(counted, normalizer=normalizer_of(normalizer), parts=(reference, *names), corpus=hypotheses.stem)
@@ -155,6 +145,22 @@ def tune(
     if plot is not None:
         wer_surface(tuned, path=plot)
     return 0
+
+
+def _parts(lines: Sequence[Recognized], parts: tuple[str, ...], reference: str, hypotheses: Path) -> tuple[str, ...]:
+    """The parts whose scales are tuned. Raises ValueError where the hypotheses lack them."""
+    if not lines:
+        raise ValueError(f"{hypotheses} is empty: there is nothing to tune on")
+    if not (there := {name for line in lines for h in line.nbest for name in h.parts}):
+        raise ValueError(
+            f"{hypotheses}: no hypothesis has parts (a manifest? another system's output?): `duolect decode` and `rescore` write them"
+        )
+    names = parts or tuple(sorted(there - {reference}))
+    if not names:
+        raise ValueError(f"{hypotheses}: the hypotheses have no part but {reference}: add one with `duolect rescore`")
+    if unknown := [name for name in (reference, *names) if name not in there]:
+        raise ValueError(f"{hypotheses}: the hypotheses have no part {', '.join(unknown)}, only {', '.join(sorted(there))}: rescore them")
+    return names
 
 
 def _groups(lines: Sequence[Recognized], by: str, path: Path) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from duolect.evaluate.bootstrap import DRAWS, Interval, percentiles
+from duolect.evaluate.table import aligned
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def _perplexity(scored: Sequence[Scored], model: str, text: str, domain: str, se
             return _exp(nats.sum() / count.sum()), None
         rng = np.random.default_rng(seed)
         drawn = []
-        for _ in range(0, DRAWS, 500):
-            rows = rng.integers(0, len(scored), size=(500, len(scored)))
+        for at_once in np.diff(np.r_[0 : DRAWS : max(1, (1 << 22) // len(scored)), DRAWS]):  # a text may have millions of sentences
+            rows = rng.integers(0, len(scored), size=(at_once, len(scored)))
             drawn.append(nats[rows].sum(1) / count[rows].sum(1))
         return _exp(nats.sum() / count.sum()), percentiles(np.exp(np.concatenate(drawn)))
 
@@ -84,8 +85,7 @@ def plain_rows(rows: Sequence[Perplexity]) -> str:
         )
         for r in rows
     ]
-    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (head, *body))
+    return aligned([head, *body], left=3)
 
 
 def json_rows(rows: Sequence[Perplexity]) -> list[dict[str, Any]]:

@@ -68,9 +68,6 @@ class LmExperiment:
     case: Case = "lower"
 
 
-registered(TextLearning)
-
-
 def finetune(llm: str, texts: Sequence[str], checks: Sequence[str], units: str = "", learns: Learns = "all") -> LmExperiment:
     """Two epochs of a pre-trained model over transcripts (paper.md 1.10: 1e-5, 1.8 k labels a batch, all of it learns).
 

@@ -84,9 +84,8 @@ WRITTEN = {
 
 
 def policy_of(scorer: Any) -> TextPolicy:
-    """How words are written for a scorer or model by what it says itself: `policy`, `written` (see WRITTEN) or `writing` (an n-gram)."""
-    own: TextPolicy | None = getattr(scorer, "policy", None) or WRITTEN.get(getattr(scorer, "written", ""))
-    return own or TextPolicy(**getattr(scorer, "writing", {}))
+    """How words are written for a scorer or model by what it says itself: `written` (see WRITTEN) or `writing` (an n-gram)."""
+    return WRITTEN.get(getattr(scorer, "written", "")) or TextPolicy(**getattr(scorer, "writing", {}))
 
 
 def reduced(output: CtcOutput, vocabulary: Vocabulary, *, collapse: float | None, keep_labels: int | None) -> CtcOutput:

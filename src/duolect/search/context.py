@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from duolect.scorer import Scorer
-from duolect.search.fusion import SearchError
+from duolect.search.fusion import SPACED, SearchError
 from duolect.vocabulary import Vocabulary
 
 NOTHING, SPACE, OTHER = 0, 1, 2
 """Letters' numbers: behind the end of a label's text, between words, in no phrase."""
-SPACED = str.maketrans(dict.fromkeys(set(string.punctuation) - {"'"}, " "))
 
 
 def plain(text: str) -> str:

@@ -175,6 +175,8 @@ class _Study:
 def measured(study: FusionStudy, out: Path, models: Models) -> tuple[Row, ...]:
     """The rows of a study; what is in `out` already is not made again. ValueError, ModelError, PriorError for what cannot be compared."""
     work, heard = _Study(study, models, out), {}
+    if taken := sorted(study.lms.keys() & {"ctc", *KINDS[:3]}):
+        raise ValueError(f"a language model is called {', '.join(taken)}, as another part of the hypotheses is: rename its folder")
     _same_models(study, out)
     for name, source in (("tune", study.tune), ("test", study.test)):
         heard[name] = [u for u in open_source(source).utterances if u.text is not None][: study.limit]

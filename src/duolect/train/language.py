@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from duolect.config import registered
 from duolect.data.batching import dealt, shuffled_batches
 from duolect.data.pieces import SubwordSampler
 from duolect.data.text import TextLines
@@ -23,6 +24,7 @@ IGNORED = -100  # labels of padding
 _MEASURED = 1 << 25  # bytes of text whose labels are counted; of more, the lengths are estimated from the bytes
 
 
+@registered
 @dataclass(frozen=True)
 class TextLearning:
     """Batches of sentences. batch_labels: padded labels of an update. longest: sentences of more labels are cut there, without an end.
