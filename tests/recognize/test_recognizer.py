@@ -21,13 +21,13 @@ from duolect.config import ConfigError, from_json, to_json
 from duolect.data.sources import open_source
 from duolect.models import ModelError
 from duolect.models.priors import PRIORS_FILE, PriorError
-from duolect.recognize.decoding import Greedy, Language, Prior, TimeSynchronous
+from duolect.recognize.decoding import WRITTEN, Greedy, Language, Prior, TimeSynchronous
 from duolect.recognize.files import INDEX, ResumeError, Transcripts, decode_to_files, written
 from duolect.recognize.models import Models
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer, Segment, timed_words
 from duolect.scorer import Hypothesis, Recognized, read_hypotheses
-from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError, TextPolicy
+from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError
 from duolect.search.rescore import labels_for, labels_of_text, rescored
 from duolect.vocabulary import TokenizerVocabulary
 from tests.conftest import tiny_lm
@@ -406,11 +406,11 @@ def test_a_uniform_prior_is_a_bonus_per_label(zoo, models, tmp_path):
 
 
 def test_words_are_written_as_the_model_says_unless_the_term_does(zoo, models):
-    name, loud = str(zoo["llm"]), TextPolicy(case="upper")
+    name, loud = str(zoo["llm"]), WRITTEN["upper"]
     plain = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(6, {"llm": Language(name, 0.4, AtEnd())})})
     asked = replace(plain, decodings={"it": TimeSynchronous(6, {"llm": Language(name, 0.4, AtEnd(), policy=loud)})})
     before, wanted = ([[dict(h.parts) for h in r.nbest] for r in recognized(x, zoo, "it")] for x in (plain, asked))
-    models.language(name).policy = loud
+    models.language(name).written = "upper"
     assert [[dict(h.parts) for h in r.nbest] for r in recognized(plain, zoo, "it")] == wanted != before
 
 
