@@ -52,18 +52,18 @@ def mini(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperim
     hours of speech the number of updates decides whether CTC leaves the plateau of blanks.
     """
     dims = ConformerDims.of(layers=12, dim=144, kernel=15, channels=(16, 32, 32), subsampling=6)
-    spec = SpecAugment(ramp=(500, 2500, 10**9))
+    spec = SpecAugment(ramp=(1000, 5000, 10**9))
     return AsrExperiment(
         "mini",
         tuple(Corpus(x, 1 if i == 0 else 7, Augmentation(noise_chance=0.2 if i == 0 else 0.4, spec=spec)) for i, x in enumerate(sources)),
         TrainConfig(
-            {"top": 2e-3, "encoder": 2e-3, "decoder": 2e-3},
+            {"top": 1.5e-3, "encoder": 1.5e-3, "decoder": 1.5e-3},
             seconds=7200,
             schedule=Piecewise(((0.0, 0.02), (0.1, 1.0), (0.5, 0.6), (1.0, 0.005))),
             average=0.998,
             precision="bf16" if torch.cuda.is_available() else "fp32",
-            validate_every=500,
-            save_every=250,
+            validate_every=1000,
+            save_every=500,
             keep_best=4,
         ),
         dims,
@@ -71,7 +71,7 @@ def mini(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperim
         Units(256, text),
         heads=(6,),
         decoder=DecoderDims.of(layers=3, dim=144),
-        learning=Learning(batch_seconds=60.0),
+        learning=Learning(batch_seconds=30.0),
         held_out=40,
     )
 
