@@ -6,7 +6,8 @@ import pytest
 
 from duolect.evaluate.normalize import normalizer
 from duolect.evaluate.table import json_table, markdown_table, plain_table, rows
-from duolect.evaluate.wer import ScoreError, score
+from duolect.evaluate.wer import ScoreError
+from tests.evaluate.lines import score
 
 NONE = normalizer("none")
 REFERENCES = {f"u{i}": "a b c d e" for i in range(40)}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duolect.evaluate.bootstrap import DRAWS, Interval
+from duolect.evaluate.bootstrap import Interval
 from duolect.evaluate.wer import Comparison, Score, compare, score_json
 
 
@@ -32,19 +32,16 @@ def rows(
     *,
     seconds: Mapping[str, float] | None = None,
     audio_seconds: float | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
 ) -> tuple[Row, ...]:
     """One row per system, each compared with the first; seconds: system -> seconds of compute for all audio_seconds.
 
-    ScoreError if the systems were not scored on the same utterances by the same rules.
+    ScoreError if the systems were not scored on the same utterances.
     """
     first = next(iter(scores.values()), None)
     return tuple(
-        Row(name, one, (seconds or {}).get(name), audio_seconds,
-            None if first is None or one is first else compare(first, one, draws=draws, seed=seed))
+        Row(name, one, (seconds or {}).get(name), audio_seconds, None if first is None or one is first else compare(first, one))
         for name, one in scores.items()
-    )  # fmt: skip
+    )
 
 
 def plain_table(table: Sequence[Row]) -> str:
