@@ -484,6 +484,8 @@ def test_tune_says_what_parts_of_a_corpus_gain_and_what_is_wrong(duolect, tmp_pa
         (["--folds", "1"], "--folds 1: expected 2 or more"),
         (["--draws", "0"], "--draws 0: expected 1 or more"),
         (["--largest", "0"], "--largest 0: expected a number above 0"),
+        (["--largest", "nan"], "--largest nan: expected a number above 0"),
+        (["--parts", "ctc", "llm"], "--parts ctc: its scale is fixed to 1"),
         (["--reference", "aed"], "have no part aed, only ctc, llm"),
     ]:
         code, _, err = duolect(*good, *options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -121,7 +122,7 @@ def tune(
     at_least(2, folds=folds)
     at_least(1, draws=draws)
     at_least(0, seed=seed)
-    if largest <= 0:
+    if not 0 < largest < inf:
         raise ValueError(f"--largest {largest:g}: expected a number above 0")
     writable("--out", out)
     writable("--plot", plot)
@@ -154,6 +155,10 @@ def _parts(lines: Sequence[Recognized], parts: tuple[str, ...], reference: str, 
     if not (there := {name for line in lines for h in line.nbest for name in h.parts}):
         raise ValueError(
             f"{hypotheses}: no hypothesis has parts (a manifest? another system's output?): `duolect decode` and `rescore` write them"
+        )
+    if reference in parts:
+        raise ValueError(
+            f"--parts {reference}: its scale is fixed to 1, only the ratios of scales matter: leave it out, or see --reference"
         )
     names = parts or tuple(sorted(there - {reference}))
     if not names:
