@@ -70,12 +70,11 @@ class _ByPhrase:
 
     def __init__(self, whole: Callable[[str], str]) -> None:
         self.whole, self.numeric = whole, frozenset(whole.standardize_numbers.words)  # type: ignore[attr-defined]
-        self.words: dict[str, str] = {}  # each as it is when normalized, or a mark
-        self.runs: dict[str, str] = {}
+        self.word, self.run = functools.lru_cache(_KEPT)(self._word), functools.lru_cache(_KEPT)(whole)
 
     def __call__(self, text: str) -> str:
         words = text.lower().split()
-        found = [self.words.get(word) or self._learned(word) for word in words]
+        found = [self.word(word) for word in words]
         if _OTHER in found or ("'" in text and _ACROSS.search(" ".join(words))):
             return self.whole(text)
         if _NUMERIC not in found:
@@ -83,28 +82,15 @@ class _ByPhrase:
         out: list[str] = []
         for numeric, run in groupby(zip(words, found, strict=True), key=lambda pair: pair[1] == _NUMERIC):
             before, after = zip(*run, strict=True)
-            out += (self._run(" ".join(before)),) if numeric else after
+            out += (self.run(" ".join(before)),) if numeric else after
         return " ".join(out)
 
-    def _run(self, phrase: str) -> str:
-        if phrase not in self.runs:
-            if len(self.runs) >= _KEPT:
-                self.runs.clear()
-            self.runs[phrase] = self.whole(phrase)
-        return self.runs[phrase]
-
-    def _learned(self, word: str) -> str:
+    def _word(self, word: str) -> str:
         """The word normalized; marked as numeric where it may be a part of a number, or lets the words around it meet."""
-        if len(self.words) >= _KEPT:
-            self.words.clear()
         if not _LETTERS.fullmatch(word) or word == "half":  # "and a half" is read across words
-            found = _OTHER
-        else:
-            found = " ".join(self.whole(word).split())
-            if not found or self.numeric & {word, *found.split()} or not re.fullmatch("[a-z ]+", found):
-                found = _NUMERIC
-        self.words[word] = found
-        return found
+            return _OTHER
+        found = " ".join(self.whole(word).split())
+        return _NUMERIC if not found or self.numeric & {word, *found.split()} or not re.fullmatch("[a-z ]+", found) else found
 
 
 def _basic(text: str) -> str:
