@@ -52,15 +52,15 @@ def score(
         raise ValueError("name at least one hypotheses file")
     at_least(0, errors=errors)
     writable("--json", json)
+    merge_compounds = compounds == "merged"
     scores, seconds, audio = {}, {}, 0.0
     for path in hypotheses:
         lines = list(read_hypotheses(path))
         if lines and not any(r.nbest or r.error for r in lines):
             raise ValueError(f"{path}: no line has pred_text or nbest: a manifest, not the output of `duolect decode`?")
         name = path.stem if len({p.stem for p in hypotheses}) == len(hypotheses) else str(path)
-        scores[name] = score_recognized(
-            lines, normalizer=normalizer_of(normalizer), unit=unit, merge_compounds=compounds == "merged", corpus=path.stem
-        )
+        rules = {"normalizer": normalizer_of(normalizer), "unit": unit, "merge_compounds": merge_compounds}
+        scores[name] = score_recognized(lines, corpus=path.stem, **rules)
         seconds[name] = sum(r.seconds for r in lines)
         audio = max(audio, sum(float(r.fields.get("duration") or 0.0) for r in lines))
     table = rows(scores, seconds=seconds, audio_seconds=audio)
@@ -69,7 +69,7 @@ def score(
         worst = sorted((u for u in result.utterances if u.errors.total), key=lambda u: -u.errors.total)[:errors]
         for utterance in worst:
             print(f"\n{name} · {utterance.id} · {utterance.errors.total} errors")
-            print("\n".join(alignment_lines(utterance.reference, utterance.hypothesis)))
+            print("\n".join(alignment_lines(utterance.reference, utterance.hypothesis, merge_compounds=merge_compounds)))
     if json is not None:
         write_json(json, json_table(table))
     return 0
