@@ -53,7 +53,7 @@ def score(
     at_least(0, errors=errors)
     writable("--json", json)
     merge_compounds = compounds == "merged"
-    scores, seconds, audio = {}, {}, 0.0
+    scores = {}
     for path in hypotheses:
         lines = list(read_hypotheses(path))
         if lines and not any(r.nbest or r.error for r in lines):
@@ -61,9 +61,7 @@ def score(
         name = path.stem if len({p.stem for p in hypotheses}) == len(hypotheses) else str(path)
         rules = {"normalizer": normalizer_of(normalizer), "unit": unit, "merge_compounds": merge_compounds}
         scores[name] = score_recognized(lines, corpus=path.stem, **rules)
-        seconds[name] = sum(r.seconds for r in lines)
-        audio = max(audio, sum(float(r.fields.get("duration") or 0.0) for r in lines))
-    table = rows(scores, seconds=seconds, audio_seconds=audio)
+    table = rows(scores)
     print(plain_table(table))
     for name, result in scores.items():
         worst = sorted((u for u in result.utterances if u.errors.total), key=lambda u: -u.errors.total)[:errors]

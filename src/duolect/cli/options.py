@@ -14,6 +14,7 @@ from duolect.cli.checks import corpus_name
 
 if TYPE_CHECKING:
     from duolect.data.sources import Source
+    from duolect.evaluate.table import Row
     from duolect.recognize.presets import Ingredients
     from duolect.recognize.recognizer import Recognizer
     from duolect.scorer import Recognized
@@ -206,6 +207,16 @@ def say_score(lines: Sequence[Any], data: Path) -> None:
 
     if lines and all(isinstance(r.fields.get("text"), str) for r in lines):
         print(score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=corpus_name(data)), file=sys.stderr)
+
+
+def write_tables(table: Sequence[Row], out: Path, *, device: str, notes: Sequence[str] = (), **more: Any) -> None:
+    """Prints a table and writes it into a folder: table.md, and table.json with what it was made in."""
+    from duolect.evaluate.table import json_table, markdown_table, plain_table
+    from duolect.run import environment, write_json
+
+    print("\n".join([plain_table(table), *notes]))
+    (out / "table.md").write_text(markdown_table(table) + "".join(f"- {note}\n" for note in notes), encoding="utf-8")
+    write_json(out / "table.json", {"table": json_table(table), **more, "env": environment(device=device, seed=0)})
 
 
 def report(failures: Sequence[str], lines: Sequence[Recognized] = ()) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from duolect.cli.checks import at_least, corpus_name, pairs, writable
-from duolect.cli.options import ModelOptions, device_of, of_one_folder, quiet, recognizer_for, report, say_score, source_of
+from duolect.cli.options import ModelOptions, device_of, of_one_folder, quiet, recognizer_for, report, say_score, source_of, write_tables
 
 if TYPE_CHECKING:
     from duolect.recognize.files import Format
@@ -246,11 +246,10 @@ def compare(
         limit: Only the first so many utterances.
     """
     from duolect.evaluate.normalize import normalizer as normalizer_of
-    from duolect.evaluate.table import json_table, markdown_table, plain_table, rows
+    from duolect.evaluate.table import rows
     from duolect.evaluate.wer import score_recognized
     from duolect.recognize.files import decode_to_files
     from duolect.recognize.presets import PRESETS
-    from duolect.run import environment, write_json
 
     at_least(1, limit=limit)
     writable("--out", out, folder=True)
@@ -272,13 +271,7 @@ def compare(
     found = decode_to_files(recognizer, utterances, _hypotheses_files(out / "hypotheses", list(recognizer.decodings)))
     rule, corpus = normalizer_of(normalizer), corpus_name(data)
     scores = {titles[name]: score_recognized(lines, normalizer=rule, corpus=corpus) for name, lines in found.items()}
-    seconds = {titles[name]: sum(r.seconds for r in lines) for name, lines in found.items()}
-    audio = max(sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None) for lines in found.values())
-    table = rows(scores, seconds=seconds, audio_seconds=audio)
-    print("\n".join([plain_table(table), *notes]))
-    (out / "table.md").write_text(markdown_table(table) + "".join(f"- {note}\n" for note in notes), encoding="utf-8")
-    device = recognizer.models.device
-    write_json(out / "table.json", {"table": json_table(table), "left_out": misfits, "env": environment(device=device, seed=0)})
+    write_tables(rows(scores), out, device=recognizer.models.device, notes=notes, left_out=misfits)
     print(f"\nwritten: {out / 'table.md'}, {out / 'table.json'}, {out / 'hypotheses'}/", file=sys.stderr)
     return report([*failures, *_failed(found, titles)], [r for lines in found.values() for r in lines])
 

@@ -75,7 +75,7 @@ class Score:
 
     interval: 95%, None for fewer than two units. sentence_error_rate: percent of utterances with an error. failed: ids without a
     hypothesis, all of whose words are counted as deleted. empty_references: ids whose normalized reference has no word; the words of
-    their hypotheses are insertions.
+    their hypotheses are insertions. seconds: of compute; audio_seconds: of the speech that was recognized.
     """
 
     errors: Errors
@@ -86,6 +86,13 @@ class Score:
     failed: tuple[str, ...]
     empty_references: tuple[str, ...]
     signature: str
+    seconds: float
+    audio_seconds: float
+
+    @property
+    def rtf(self) -> float | None:
+        """Seconds of compute per second of audio; None where either is unknown."""
+        return self.seconds / self.audio_seconds if self.seconds and self.audio_seconds else None
 
     def __str__(self) -> str:
         e, interval = self.errors, f" {self.interval}" if self.interval else ""
@@ -194,6 +201,8 @@ def score_recognized(
         failed=tuple(x.id for x in scored if x.failed),
         empty_references=tuple(x.id for x in scored if not x.reference),
         signature="|".join(f"{name}:{value}" for name, value in facts.items()),
+        seconds=sum(x.seconds for x in lines.values()),
+        audio_seconds=sum(float(x.fields.get("duration") or 0.0) for x in lines.values() if x.error is None),
     )
 
 
@@ -243,6 +252,7 @@ def score_json(result: Score) -> dict[str, Any]:
         **of(result.errors, result.interval), "sentence_error_rate": result.sentence_error_rate, "utterances": len(result.utterances),
         "failed": list(result.failed), "empty_references": list(result.empty_references), "signature": result.signature,
         "domains": {k: {**of(d.errors, d.interval), "utterances": d.utterances} for k, d in result.domains.items()},
+        "seconds": result.seconds or None, "audio_seconds": result.audio_seconds, "rtf": result.rtf,
     }  # fmt: skip
 
 

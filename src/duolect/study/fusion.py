@@ -59,7 +59,6 @@ class _Study:
     models: Models
     out: Path
     scores: dict[str, Score] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def same(self, lm: str) -> bool:
         """Whether a language model's labels are the CTC model's."""
@@ -105,11 +104,9 @@ class _Study:
                 found.append((f"llm {lm}", prior, labels))
         return found
 
-    def add(self, title: str, lines: Sequence[Recognized], *, timed: bool = True) -> None:
+    def add(self, title: str, lines: Sequence[Recognized]) -> None:
         """A line of the table."""
         self.scores[title] = score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=Path(self.study.test).stem)
-        if timed:
-            self.seconds[title] = sum(r.seconds for r in lines)
 
     def tuned(self, lm: str, kind: str, lists: Sequence[Recognized], utterances: Sequence[Utterance]) -> tuple[Tuned, Tuned]:
         """The scales of a language model and a prior for rescoring and for one pass, that of CTC being 1; also written to files.
@@ -188,20 +185,19 @@ def measured(study: FusionStudy, out: Path, models: Models) -> tuple[Row, ...]:
         )
     lists = {name: work.lists(name, utterances) for name, utterances in heard.items()}
     chosen: dict[str, Decoding] = {"CTC greedy": Greedy(), f"CTC beam {study.beam}": TimeSynchronous(study.beam)}
-    found = work.decoded(chosen, heard["test"])
-    for title, lines in found.items():
+    for title, lines in work.decoded(chosen, heard["test"]).items():
         work.add(title, lines)
     for lm in study.lms:
         tuned = {kind: work.tuned(lm, kind, lists["tune"], heard["tune"]) for kind in work.kinds(lm)}
         for kind, (scales, _) in tuned.items():
-            best = [replace(line, nbest=tuple(ranked(line.nbest, scales.scales))) for line in lists["test"]]
-            work.add(f"{_with(lm, kind)}, {study.nbest}-best rescoring", best, timed=False)
+            # Its time is not known: scores of all models lie in one file.
+            best = [replace(line, nbest=tuple(ranked(line.nbest, scales.scales)), seconds=0.0) for line in lists["test"]]
+            work.add(f"{_with(lm, kind)}, {study.nbest}-best rescoring", best)
         passed = {kind: scales for kind, (_, scales) in tuned.items()}
         decodings = work.one_pass(lm, passed, min(passed, key=lambda kind: passed[kind].cross_validated or passed[kind].wer))
         for title, lines in work.decoded(decodings, heard["test"]).items():
             work.add(title, lines)
-    audio = sum(float(r.fields.get("duration") or 0.0) for r in found["CTC greedy"])
-    return rows(work.scores, seconds=work.seconds, audio_seconds=audio)
+    return rows(work.scores)
 
 
 def _both(line: Recognized, other: Recognized, names: Mapping[str, str]) -> Recognized:

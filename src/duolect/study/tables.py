@@ -93,7 +93,7 @@ def measured(study: Study, out: Path, *, world: World, progress: bool = True) ->
     utterances = [u for u in source.utterances if u.text is not None][: study.limit]
     if not utterances:
         raise ValueError(f"{study.test}: no utterance has a transcript, so nothing can be compared")
-    scores, seconds, audio = {}, dict[str, float](), 0.0
+    scores = {}
     for number, (title, experiment) in enumerate(study.experiments().items()):
         folder = out / f"{number}-{''.join(c if c.isalnum() else '-' for c in title)}"
         print(f"== {study.table}: {title} ({folder})", file=sys.stderr, flush=True)
@@ -110,6 +110,4 @@ def measured(study: Study, out: Path, *, world: World, progress: bool = True) ->
         for name, lines in found.items():
             row = PRESETS[name].title if name == "ctc-greedy" else f"{title}: {PRESETS[name].title.removeprefix('Speech LLM ')}"
             scores[row] = score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=Path(study.test).stem)
-            seconds[row] = sum(r.seconds for r in lines)
-            audio = sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None)
-    return rows(scores, seconds=seconds, audio_seconds=audio)
+    return rows(scores)
