@@ -69,6 +69,19 @@ def decode_to_files(
     return ordered
 
 
+def decoded_once(
+    recognizer: Recognizer, utterances: Sequence[Utterance], outs: Mapping[str, Path], *, progress: bool = True
+) -> dict[str, list[Recognized]]:
+    """As `decode_to_files`, but a finished file of these utterances is not made again. All is read from the files, where numbers are
+    rounded: whoever goes on finds the same ones."""
+    ids = [u.id for u in utterances]
+    missing = {name: out for name, out in outs.items() if not out.is_file() or [r.id for r in read_hypotheses(out)] != ids}
+    if missing:
+        rest = replace(recognizer, decodings={name: recognizer.decodings[name] for name in missing})
+        decode_to_files(rest, utterances, missing, progress=progress)
+    return {name: list(read_hypotheses(out)) for name, out in outs.items()}
+
+
 def settings_of(recognizer: Recognizer, name: str) -> dict[str, Any]:
     """All that the results of a decoding depend on beside the audio, as JSON values."""
     decoding = recognizer.decodings[name]

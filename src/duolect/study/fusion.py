@@ -18,7 +18,7 @@ from duolect.evaluate.table import Row, rows
 from duolect.evaluate.tune import Tuned, tune, write_scales
 from duolect.evaluate.wer import Score, score_recognized
 from duolect.recognize.decoding import Decoding, Greedy, Language, Prior, Term, TimeSynchronous, policy_of
-from duolect.recognize.files import decode_to_files
+from duolect.recognize.files import decoded_once
 from duolect.recognize.models import Models
 from duolect.recognize.recognizer import Recognizer
 from duolect.run import write_json
@@ -74,10 +74,8 @@ class _Study:
     def lists(self, corpus: str, utterances: Sequence[Utterance]) -> list[Recognized]:
         """The corpus' n-best lists with the part of every language model and prior; what is in the file already is not computed again."""
         path, study = self.out / f"{corpus}.jsonl", self.study
-        found = list(read_hypotheses(path)) if path.is_file() else []
-        if [line.id for line in found] != [u.id for u in utterances]:
-            recognizer = Recognizer(self.models, study.am, {"lists": TimeSynchronous(study.nbest)})
-            found = decode_to_files(recognizer, utterances, {"lists": path})["lists"]
+        recognizer = Recognizer(self.models, study.am, {"lists": TimeSynchronous(study.nbest)})
+        found = decoded_once(recognizer, utterances, {"lists": path})["lists"]
         for name, scorer, labels in self._scorers():
             if all(name in h.parts for line in found for h in line.nbest):
                 continue
@@ -162,11 +160,7 @@ class _Study:
         """What decodings make of utterances, by title; what is in files already is not made again."""
         # Other scales make another decoding: its file's name says so, and what was decoded by older ones is left alone.
         files = {t: self.out / "hypotheses" / f"{_file(t)}-{digest(decoding)[:6]}.jsonl" for t, decoding in decodings.items()}
-        known = {title: list(read_hypotheses(path)) for title, path in files.items() if path.is_file()}
-        missing = {t: path for t, path in files.items() if [r.id for r in known.get(t, ())] != [u.id for u in utterances]}
-        if missing:
-            decode_to_files(Recognizer(self.models, self.study.am, {title: decodings[title] for title in missing}), utterances, missing)
-        return {title: list(read_hypotheses(path)) for title, path in files.items()}
+        return decoded_once(Recognizer(self.models, self.study.am, decodings), utterances, files)
 
 
 def measured(study: FusionStudy, out: Path, models: Models) -> tuple[Row, ...]:

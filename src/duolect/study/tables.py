@@ -14,11 +14,10 @@ from duolect.evaluate.normalize import normalizer
 from duolect.evaluate.table import Row, rows
 from duolect.evaluate.wer import score_recognized
 from duolect.recipes.experiment import AsrExperiment, run
-from duolect.recognize.files import decode_to_files
+from duolect.recognize.files import decoded_once
 from duolect.recognize.models import Models
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer
-from duolect.scorer import read_hypotheses
 from duolect.train.parallel import World
 
 Rows = Mapping[str, Mapping[str, str]]
@@ -104,10 +103,7 @@ def measured(study: Study, out: Path, *, world: World, progress: bool = True) ->
         made = {name: decoding_of(name, Ingredients(speech_llm=model)) for name in names}
         recognizer = Recognizer(Models(device=str(world.device), say=lambda text: None), model, made)
         files = {name: folder / "hypotheses" / f"{name}.jsonl" for name in made}
-        found = {name: list(read_hypotheses(path)) for name, path in files.items() if path.is_file()}
-        if any([r.id for r in found.get(name, ())] != [u.id for u in utterances] for name in files):
-            found = decode_to_files(recognizer, utterances, files, progress=progress)
-        for name, lines in found.items():
+        for name, lines in decoded_once(recognizer, utterances, files, progress=progress).items():
             row = PRESETS[name].title if name == "ctc-greedy" else f"{title}: {PRESETS[name].title.removeprefix('Speech LLM ')}"
             scores[row] = score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=Path(study.test).stem)
     return rows(scores)
