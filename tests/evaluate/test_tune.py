@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from duolect.evaluate.nbest import NBestError, NBestLists, _edits, corpus_digest, nbest_lists, padded_lists
+from duolect.evaluate.nbest import NBestLists, _edits, corpus_digest, nbest_lists, padded_lists
 from duolect.evaluate.normalize import normalizer
 from duolect.evaluate.plots import wer_surface
 from duolect.evaluate.surface import Range, surface_of
 from duolect.evaluate.tune import ScalesError, _Search, read_scales, same_corpus_warning, tune, write_scales
-from duolect.evaluate.wer import count_errors
+from duolect.evaluate.wer import ScoreError, count_errors
 from duolect.scorer import Hypothesis, Recognized
 
 NONE = normalizer("none")
@@ -223,7 +223,7 @@ def test_impossible_and_missing_hypotheses():
     # Without exclusion the prior's -inf at a negative scale would make its hypothesis win everything.
     assert [surface.utterance_errors(np.array([x])).tolist() for x in (0.0, -1.0, -10.0)] == [[2, 1, 5, 3], [2, 1, 5, 3], [1, 1, 5, 3]]
     for bad in (float("nan"), inf):
-        with pytest.raises(NBestError, match=r"utterance b, hypothesis 2: part 'llm' is (nan|inf); expected a log-probability"):
+        with pytest.raises(ScoreError, match=r"utterance b, hypothesis 2: part 'llm' is (nan|inf); expected a log-probability"):
             padded_lists([[1], [1, 1]], parts={"llm": [[-1.0], [-1.0, bad]]}, words=[1, 1], ids=["a", "b"])
 
 
@@ -249,9 +249,9 @@ def test_lists_of_a_hypotheses_file():
     assert lists.possible.tolist() == [[True, True], [True, False], [True, False]]
     assert lists.words.tolist() == [3, 2, 2]
     assert lists.failed == ("c",)
-    with pytest.raises(NBestError, match=r"utterance a, hypothesis 1: no part 'prior' \(it has: ctc, llm\)"):
+    with pytest.raises(ScoreError, match=r"utterance a, hypothesis 1: no part 'prior' \(it has: ctc, llm\)"):
         nbest_lists(LINES, normalizer=NONE, parts=["prior"])
-    with pytest.raises(NBestError, match="'a' stands twice"):
+    with pytest.raises(ScoreError, match="'a' stands twice"):
         nbest_lists([LINES[0], LINES[0]], normalizer=NONE, parts=["ctc"])
 
 

@@ -12,11 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duolect.evaluate.normalize import Normalizer
+from duolect.evaluate.wer import ScoreError
 from duolect.scorer import Recognized
-
-
-class NBestError(ValueError):
-    """The lists cannot be tuned on; the message names the utterance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +55,7 @@ def padded_lists(
     words: Sequence[int],
     ids: Sequence[str] | None = None,
 ) -> NBestLists:
-    """The lists of ragged numbers; an utterance without hypotheses has all its words deleted. NBestError for NaN or +inf parts."""
+    """The lists of ragged numbers; an utterance without hypotheses has all its words deleted. ScoreError for NaN or +inf parts."""
     ids = tuple(ids) if ids is not None else tuple(str(i) for i in range(len(errors)))
     lengths = np.array([len(x) for x in errors], np.int64)
     shape = (len(errors), max(1, int(lengths.max(initial=0))))
@@ -75,7 +72,7 @@ def padded_lists(
         padded[name][filled] = np.fromiter((v for x in values for v in x), np.float64)
         for row, column in np.argwhere(np.isnan(padded[name]) | (padded[name] == np.inf)):
             value = padded[name][row, column]
-            raise NBestError(f"utterance {ids[row]}, hypothesis {column + 1}: part {name!r} is {value}; expected a log-probability")
+            raise ScoreError(f"utterance {ids[row]}, hypothesis {column + 1}: part {name!r} is {value}; expected a log-probability")
         possible &= padded[name] > -np.inf
     impossible = int((real & ~possible).sum())
     possible[~possible.any(axis=1), 0] = True
@@ -87,7 +84,7 @@ def padded_lists(
 def nbest_lists(recognized: Iterable[Recognized], *, normalizer: Normalizer, parts: Sequence[str], corpus: str = "") -> NBestLists:
     """The lists of a hypotheses file, with the errors of every hypothesis counted (once per distinct normalized text of an utterance).
 
-    NBestError for a line without a reference `text`, an id twice, or a hypothesis without one of the parts.
+    ScoreError for a line without a reference `text`, an id twice, or a hypothesis without one of the parts.
     """
     references: dict[str, str] = {}
     words, errors, failed = [], [], []
@@ -95,11 +92,11 @@ def nbest_lists(recognized: Iterable[Recognized], *, normalizer: Normalizer, par
     for line in recognized:
         reference = line.fields.get("text")
         if not isinstance(reference, str):
-            raise NBestError(
+            raise ScoreError(
                 f"utterance {line.id} has no reference in its field 'text' to count errors against: add it, or remove the line"
             )
         if line.id in references:
-            raise NBestError(f"id {line.id!r} stands twice in the hypotheses")
+            raise ScoreError(f"id {line.id!r} stands twice in the hypotheses")
         references[line.id] = reference
         nbest = line.nbest if line.error is None else ()
         if not nbest:
@@ -136,5 +133,5 @@ def _edits(ours: Sequence[str], theirs: Sequence[str]) -> int:
 def _part(key: str, index: int, parts: Mapping[str, float], name: str) -> float:
     if name not in parts:
         has = ", ".join(parts) or "none"
-        raise NBestError(f"utterance {key}, hypothesis {index + 1}: no part {name!r} (it has: {has}); rescore the lists with it first")
+        raise ScoreError(f"utterance {key}, hypothesis {index + 1}: no part {name!r} (it has: {has}); rescore the lists with it first")
     return float(parts[name])

@@ -13,16 +13,11 @@ from typing import Literal, get_args
 
 NormalizerName = Literal["none", "basic", "whisper-english"]
 
-_PACKAGE = "whisper-normalizer"
 _KEPT = 200_000  # words and phrases remembered
 _LETTERS = re.compile(r"[a-z]+('[a-z]+)?")
 _ACROSS = re.compile(r"'[sd] (been|gone|done|gotta|got)\b")  # contractions that another word decides about
 _OTHER, _NUMERIC = "!", "#"
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'"})
-
-
-class NormalizerError(ValueError):
-    """There is no such normalizer, or its package is missing."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Normalizer:
 
 @functools.cache
 def normalizer(name: NormalizerName) -> Normalizer:
-    """The normalizer of that name; NormalizerError if it is unknown or its package is not installed.
+    """The normalizer of that name.
 
     none: white space folded, nothing else. basic: also lower case, and punctuation (apostrophes and hyphens inside words aside) removed;
     any language. whisper-english: Whisper's (arXiv 2212.04356, appendix C): also fillers, contractions, numbers, British spelling. The Open
@@ -53,12 +48,10 @@ def normalizer(name: NormalizerName) -> Normalizer:
     if name == "basic":
         return Normalizer("basic", "1", _basic)
     if name == "whisper-english":
-        try:
-            from whisper_normalizer.english import EnglishTextNormalizer
-        except ImportError as error:
-            raise NormalizerError(f"normalizer whisper-english needs the package {_PACKAGE}: pip install {_PACKAGE}==0.1.15") from error
-        return Normalizer("whisper-english", metadata.version(_PACKAGE), _ByPhrase(EnglishTextNormalizer()))
-    raise NormalizerError(f"normalizer {name!r} is unknown; known: {', '.join(get_args(NormalizerName))}")
+        from whisper_normalizer.english import EnglishTextNormalizer
+
+        return Normalizer("whisper-english", metadata.version("whisper-normalizer"), _ByPhrase(EnglishTextNormalizer()))
+    raise ValueError(f"normalizer {name!r} is unknown; known: {', '.join(get_args(NormalizerName))}")
 
 
 class _ByPhrase:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from duolect.evaluate.bootstrap import Interval
@@ -81,7 +82,7 @@ def _cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         ("D", lambda row: str(row.score.errors.deletions)),
         ("I", lambda row: str(row.score.errors.insertions)),
         ("words", lambda row: str(row.score.errors.words)),
-        *((name, _domain_cell(name)) for name in domains),
+        *((name, partial(_domain_cell, name)) for name in domains),
         ("failed", lambda row: str(len(row.score.failed)) if row.score.failed else ""),
         ("RTF", lambda row: "" if row.score.rtf is None else f"{row.score.rtf:.3g}"),
         ("vs first", lambda row: "" if row.against_first is None else f"{row.against_first.difference:+.2f}"),
@@ -94,8 +95,8 @@ def _cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [title for title, _ in kept], [[cells[i] for _, cells in kept] for i in range(len(table))]
 
 
-def _domain_cell(name: str) -> Callable[[Row], str]:
-    return lambda row: f"{row.score.domains[name].errors.rate:.2f}" if name in row.score.domains else ""
+def _domain_cell(name: str, row: Row) -> str:
+    return f"{row.score.domains[name].errors.rate:.2f}" if name in row.score.domains else ""
 
 
 def _interval(interval: Interval | None, *, sign: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any, Literal
 
 import kaldialign
@@ -20,7 +21,7 @@ _GAP = ""  # kaldialign's sign for nothing; words are never empty
 
 
 class ScoreError(ValueError):
-    """References and hypotheses, or two systems, cannot be compared; the message names the ids."""
+    """References and hypotheses, or two systems, cannot be compared, or lists not be tuned on; the message names the ids."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,7 @@ class Errors:
         return 100.0 * self.total / self.words if self.words else math.inf if self.total else 0.0
 
     def __add__(self, other: Errors) -> Errors:
-        return Errors(
-            self.substitutions + other.substitutions,
-            self.deletions + other.deletions,
-            self.insertions + other.insertions,
-            self.words + other.words,
-        )
+        return Errors(*map(add, vars(self).values(), vars(other).values()))
 
 
 @dataclass(frozen=True)
