@@ -139,7 +139,6 @@ def tune(
     tuned = tuned_scales(lists, reference=reference, free=free, **options)
     _say_tuned(tuned, reference, by)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_scales(out, tuned=tuned, by=by)
     if plot is not None:
         wer_surface(tuned, path=plot)
@@ -151,13 +150,9 @@ def _parts(lines: Sequence[Recognized], parts: tuple[str, ...], reference: str, 
     if not lines:
         raise ValueError(f"{hypotheses} is empty: there is nothing to tune on")
     if not (there := {name for line in lines for h in line.nbest for name in h.parts}):
-        raise ValueError(
-            f"{hypotheses}: no hypothesis has parts (a manifest? another system's output?): `duolect decode` and `rescore` write them"
-        )
+        raise ValueError(f"{hypotheses}: no hypothesis has parts, as `duolect decode` and `rescore` write them: is it another system's?")
     if reference in parts:
-        raise ValueError(
-            f"--parts {reference}: its scale is fixed to 1, only the ratios of scales matter: leave it out, or see --reference"
-        )
+        raise ValueError(f"--parts {reference}: its scale is fixed to 1: leave it out, or fix another part's by --reference")
     names = parts or tuple(sorted(there - {reference}))
     if not names:
         raise ValueError(f"{hypotheses}: the hypotheses have no part but {reference}: add one with `duolect rescore`")
@@ -191,13 +186,11 @@ def _say_tuned(tuned: Tuned, reference: str, by: str) -> None:
         print(f"WER {tuned.cross_validated:.2f} {tuned.cross_validated_interval or ''} cross-validated: what to expect on other data")
     if tuned.groups:
         own = [name for name in tuned.scales if name != reference]
-        table: list[tuple[str, ...]] = [
-            (by, "utts", "words", *own, "WER, common scales", "own, fitted", "held out: common", "own", "gain [95%]")
-        ]
+        table = [(by, "utts", "words", *own, "WER, common scales", "own, fitted", "held out: common", "own", "gain [95%]")]
         for name, g in tuned.groups.items():
-            held = (
-                ["-"] * 3 if g.gain is None else [f"{g.held_out_common:.2f}", f"{g.held_out:.2f}", f"{g.gain:+.2f} {g.gain_interval or ''}"]
-            )
+            held = ["-"] * 3
+            if g.gain is not None:
+                held = [f"{g.held_out_common:.2f}", f"{g.held_out:.2f}", f"{g.gain:+.2f} {g.gain_interval or ''}"]
             scales = (f"{g.scales[part]:.3f}" for part in own)
             few = "*" * (g.utterances < FEW)
             table.append((name + few, str(g.utterances), str(g.words), *scales, f"{g.common:.2f}", f"{g.wer:.2f}", *held))

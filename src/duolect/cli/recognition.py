@@ -213,9 +213,7 @@ def _weights(name: str, scale: float | None, file: Path | None, parts: set[str],
         raise ValueError(f"--scale {scale} and --scales {file}: name one of the two")
     tuned = read_scales(file)
     if missing := tuned.scales.keys() - parts - {name}:
-        raise ValueError(
-            f"{file}: has a scale for {', '.join(missing)}, the hypotheses only {', '.join(sorted(parts))}: rescore them first"
-        )
+        raise ValueError(f"{file}: has a scale for {', '.join(missing)}, the hypotheses only {', '.join(sorted(parts))}: rescore first")
     if warning := same_corpus_warning(tuned, references={line.id: str(line.fields.get("text", "")) for line in lines}):
         print(f"warning: {file.name}: {warning}", file=sys.stderr)
     return tuned.scales

@@ -92,9 +92,7 @@ def nbest_lists(recognized: Iterable[Recognized], *, normalizer: Normalizer, par
     for line in recognized:
         reference = line.fields.get("text")
         if not isinstance(reference, str):
-            raise ScoreError(
-                f"utterance {line.id} has no reference in its field 'text' to count errors against: add it, or remove the line"
-            )
+            raise ScoreError(f"utterance {line.id} has no reference in its field 'text' to compare with: add it, or remove the line")
         if line.id in references:
             raise ScoreError(f"id {line.id!r} stands twice in the hypotheses")
         references[line.id] = reference

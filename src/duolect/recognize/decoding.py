@@ -410,9 +410,7 @@ class LabelSynchronous(Decoding):
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
         lead = next(iter(self.terms), None)
         if lead is None:
-            raise SearchError(
-                "a label-synchronous decoding without terms has nothing to propose labels: give it an Attention or Language term"
-            )
+            raise SearchError("a label-synchronous decoding without terms has none to propose labels: give it an Attention term first")
         first = self.terms[lead].native(batch)
         vocabulary = first.vocabulary
         fused = {name: term.fused(batch, vocabulary) for name, term in self.terms.items() if name != lead}

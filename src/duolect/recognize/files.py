@@ -39,10 +39,8 @@ def decode_to_files(
     wanted = {name: {**settings_of(recognizer, name), "keep": keep} for name in outs}
     parts = {name: Path(f"{out}.part") for name, out in outs.items()}
     if others := [part for name, part in parts.items() if part.is_file() and part.stat().st_size and _header(part) != wanted[name]]:
-        more = f" (as are {len(others) - 1} more beside it)" if len(others) > 1 else ""
-        raise ResumeError(
-            f"{others[0]} is an unfinished run of another decoding, model or setting{more}: delete it, or name another output"
-        )
+        names = ", ".join(map(str, others[:3])) + (", ..." if others[3:] else "")
+        raise ResumeError(f"unfinished runs of another decoding, model or setting: {names}: delete them, or name another output")
     known = {name: _done(part, utterances) for name, part in parts.items()}
     for name, part in parts.items():
         write_json(f"{part}.json", wanted[name])

@@ -183,9 +183,8 @@ def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[
     else:
         raise ConfigError(f"there is no decoding {name_or_file!r}: name a JSON file or one of {', '.join(PRESETS)}")
     if not isinstance(decoding, Decoding):
-        raise ConfigError(
-            f"{name_or_file}: {type(decoding).__name__} is no decoding: expected Greedy, TimeSynchronous, LabelSynchronous or Speculative"
-        )
+        kinds = ", ".join(kind.__name__ for kind in (Greedy, TimeSynchronous, LabelSynchronous, Speculative))
+        raise ConfigError(f"{name_or_file}: {type(decoding).__name__} is no decoding: expected one of {kinds}")
     if ingredients.context and isinstance(decoding, TimeSynchronous | LabelSynchronous):
         context = Context(ingredients.context, ingredients.context_scale)
         decoding = replace(decoding, terms={**decoding.terms, "context": context})

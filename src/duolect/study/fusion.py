@@ -175,7 +175,7 @@ def measured(study: FusionStudy, out: Path, models: Models) -> tuple[Row, ...]:
             raise ValueError(f"{source}: no utterance has a transcript, so nothing can be compared")
     if both := {u.id for u in heard["tune"]} & {u.id for u in heard["test"]}:
         raise ValueError(
-            f"{len(both)} utterances, such as {min(both)}, are in {study.tune} and in {study.test}: scales need speech of their own"
+            f"{len(both)} utterances (as {min(both)}) are in {study.tune} and in {study.test}: scales need speech of their own"
         )
     lists = {name: work.lists(name, utterances) for name, utterances in heard.items()}
     chosen: dict[str, Decoding] = {"CTC greedy": Greedy(), f"CTC beam {study.beam}": TimeSynchronous(study.beam)}
@@ -209,14 +209,12 @@ def _same_models(study: FusionStudy, out: Path) -> None:
         files = [x for x in (place, *place.glob("*")) if x.is_file()]
         return [str(place.resolve()) if files else name, max((x.stat().st_mtime_ns for x in files), default=0)]
 
-    path, new = (
-        out / "models.json",
-        {"--am": state(study.am), **{f"--lm {x}": state(y) for x, y in study.lms.items()}, "--nbest": study.nbest},
-    )
+    path = out / "models.json"
+    new = {"--am": state(study.am), **{f"--lm {x}": state(y) for x, y in study.lms.items()}, "--nbest": study.nbest}
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and (out / "tune.jsonl").is_file() else {}
     if other := [name for name in new if old.get(name, new[name]) != new[name]]:
         raise ValueError(
-            f"{out} holds a study of another or since changed {', '.join(other)} (see {path}): name another --out, or delete the folder"
+            f"{out} holds a study of another or since changed {', '.join(other)} (see {path}): name another --out, or delete it"
         )
     write_json(path, {**old, **new})
 
