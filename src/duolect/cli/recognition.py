@@ -169,8 +169,9 @@ def rescore(
     from tqdm import tqdm
 
     from duolect.recognize.decoding import policy_of
-    from duolect.recognize.files import read_settings, write_settings
+    from duolect.recognize.files import read_settings
     from duolect.recognize.models import Models
+    from duolect.run import write_json
     from duolect.scorer import read_hypotheses, write_hypotheses
     from duolect.search.rescore import labels_for, ranked, rescored
 
@@ -190,13 +191,11 @@ def rescore(
     for start in tqdm(range(0, len(lines), batch), unit="batch", disable=not sys.stderr.isatty()):
         part = lines[start : start + batch]
         lists = rescored([line.nbest for line in part], name=name, scorer=scorer, labels=labels)
-        done += [replace(line, nbest=tuple(found)) for line, found in zip(part, lists, strict=True)]
-    if weights:
-        done = [replace(line, nbest=tuple(ranked(line.nbest, weights))) for line in done]
+        done += [replace(line, nbest=tuple(ranked(found, weights))) for line, found in zip(part, lists, strict=True)]
     made = read_settings(hypotheses)
     write_hypotheses(out, done)
     made["rescored"] = {**made.get("rescored", {}), name: {"lm": lm, "prompt": prompt}}
-    write_settings(out, made | ({"scales": dict(weights)} if weights else {}))
+    write_json(f"{out}.json", made | ({"scales": dict(weights)} if weights else {}))
     say_score(done, hypotheses)
     return 0
 

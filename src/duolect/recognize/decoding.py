@@ -222,7 +222,7 @@ class Ctc(Term):
     hears_ctc: ClassVar[bool] = True
     scale: float = 1.0
     when: Schedule = field(default_factory=EveryLabel)
-    policy: TextPolicy = field(default_factory=lambda: TextPolicy(case="lower", punctuation="drop"))
+    policy: TextPolicy = field(default_factory=lambda: WRITTEN["lower"])
     otherwise: Schedule | None = field(default_factory=lambda: EveryLabel(lookahead=False))  # it hears words, and cannot look ahead of them
     model: str = ""
     collapse: float | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import kaldialign
 import torch
 
-from duolect.recognize.decoding import Batch, Decoding, Language, Term, reduced
+from duolect.recognize.decoding import WRITTEN, Batch, Decoding, Language, Term, reduced
 from duolect.scorer import Hypothesis, Scorer
 from duolect.search.fusion import ByWord, TextPolicy
 from duolect.search.prefix import CtcPrefix
@@ -20,7 +20,7 @@ from duolect.vocabulary import Vocabulary
 _GAP = ""  # kaldialign's sign for nothing
 END, SEARCH, WHOLE = "(end)", "(search)", "(whole)"
 """Rows behind the words: the end of the text; what the search counted otherwise; scorers of which only the whole is known."""
-_PLAIN = TextPolicy(case="lower", punctuation="drop")
+_PLAIN = WRITTEN["lower"]
 Parts = Mapping[str, float]
 
 

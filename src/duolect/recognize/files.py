@@ -93,11 +93,6 @@ def read_settings(hypotheses: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_settings(hypotheses: Path, settings: Mapping[str, Any]) -> None:
-    """Puts beside a hypotheses file what made it."""
-    write_json(f"{hypotheses}.json", settings)
-
-
 def _header(part: Path) -> Any:
     try:
         return json.loads(Path(f"{part}.json").read_text())
