@@ -186,14 +186,14 @@ def _say_tuned(tuned: Tuned, reference: str, by: str) -> None:
         print(f"WER {tuned.cross_validated:.2f} {tuned.cross_validated_interval or ''} cross-validated: what to expect on other data")
     if tuned.groups:
         own = [name for name in tuned.scales if name != reference]
-        table = [(by, "utts", "words", *own, "WER, common scales", "own, fitted", "held out: common", "own", "gain [95%]")]
+        table = [[by, "utts", "words", *own, "WER, common scales", "own, fitted", "held out: common", "own", "gain [95%]"]]
         for name, g in tuned.groups.items():
             held = ["-"] * 3
             if g.gain is not None:
                 held = [f"{g.held_out_common:.2f}", f"{g.held_out:.2f}", f"{g.gain:+.2f} {g.gain_interval or ''}"]
             scales = (f"{g.scales[part]:.3f}" for part in own)
             few = "*" * (g.utterances < FEW)
-            table.append((name + few, str(g.utterances), str(g.words), *scales, f"{g.common:.2f}", f"{g.wer:.2f}", *held))
+            table.append([name + few, str(g.utterances), str(g.words), *scales, f"{g.common:.2f}", f"{g.wer:.2f}", *held])
         print(f"\n{aligned(table)}")
         if any(g.utterances < FEW for g in tuned.groups.values()):
             print(f"*: fewer than {FEW} utterances, of which neither scales nor intervals say much")

@@ -113,9 +113,8 @@ def ppl(
     quiet()
     models = Models(device=device_of(device), precision=precision)
     sources = {str(path): TextLines(path) for path in text}
-    for lines in sources.values():
-        if not len(lines):
-            raise ValueError(f"{lines.path}: has no sentence: name a text with one a line, or a manifest with texts")
+    if empty := [path for path, lines in sources.items() if not len(lines)]:
+        raise ValueError(f"{empty[0]}: has no sentence: name a text with one a line, or a manifest with texts")
     rows = []
     for name in lm:
         scorer = models.language(name, prompt=prompt)

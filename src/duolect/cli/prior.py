@@ -59,8 +59,7 @@ def prior(
     place = Path(place_of(am, "acoustic"))
     if out is None and not place.is_dir():
         raise ValueError(f"--am {am}: has no folder of its own: name one for {PRIORS_FILE} with --out")
-    folder = out or place
-    writable("--out", folder, folder=True)
+    writable("--out", folder := out or place, folder=True)
     models, failed = Models(), list[str]()
     model, language = models.acoustic(am), models.vocabulary(lm) if lm else None
     utterances = open_source(data).utterances if data else ()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-T = TypeVar("T", np.int64, np.float64)
 DRAWS = 10_000
 _CELLS = 1 << 18  # indices drawn at a time: they stay in the cache
 
@@ -24,7 +23,7 @@ class Interval:
         return f"[{self.low:.2f}, {self.high:.2f}]"
 
 
-def resampled_sums(values: NDArray[T], *, draws: int = DRAWS, seed: int = 0) -> NDArray[T]:
+def resampled_sums(values: NDArray[Any], *, draws: int = DRAWS, seed: int = 0) -> NDArray[Any]:
     """[draws, C] column sums of `draws` samples of N rows drawn with replacement from values [N, C]."""
     rng = np.random.default_rng(seed)
     units, columns = values.shape
