@@ -135,6 +135,17 @@ def test_decode_rescore_tune_score_make_a_chain(duolect, zoo, with_models, tmp_p
     assert code == 0 and "tuned on" in err
 
 
+def test_the_alignment_shown_is_the_one_that_was_counted(duolect, tmp_path):
+    line = {"id": "a", "text": "the white paper is here", "pred_text": "the whitepaper was here"}
+    (tmp_path / "h.jsonl").write_text(json.dumps(line) + "\n")
+    marks = {}
+    for compounds in ("apart", "merged"):
+        code, out, _ = duolect("score", tmp_path / "h.jsonl", "--errors", "1", "--compounds", compounds)
+        assert code == 0
+        marks[compounds] = out.splitlines()[-1].split()
+    assert sorted(marks["apart"]) == ["D", "S", "S"] and marks["merged"] == ["S"]
+
+
 def test_scales_tuned_on_the_very_corpus_are_warned_of(duolect, zoo, with_models, tmp_path, monkeypatch):
     monkeypatch.chdir(zoo["corpus"])
     data = ["--data", "manifest.jsonl", *with_models]
@@ -484,6 +495,8 @@ def test_tune_says_what_parts_of_a_corpus_gain_and_what_is_wrong(duolect, tmp_pa
         (["--folds", "1"], "--folds 1: expected 2 or more"),
         (["--draws", "0"], "--draws 0: expected 1 or more"),
         (["--largest", "0"], "--largest 0: expected a number above 0"),
+        (["--largest", "nan"], "--largest nan: expected a number above 0"),
+        (["--parts", "ctc", "llm"], "--parts ctc: its scale is fixed to 1"),
         (["--reference", "aed"], "have no part aed, only ctc, llm"),
     ]:
         code, _, err = duolect(*good, *options)

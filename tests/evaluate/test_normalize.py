@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from duolect.evaluate.normalize import NormalizerError, normalizer
+from duolect.evaluate.normalize import normalizer
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_normalizer_names_itself_and_its_version():
 
 
 def test_unknown_name():
-    with pytest.raises(NormalizerError, match=r"'whisper' is unknown; known: none, basic, whisper-english"):
+    with pytest.raises(ValueError, match=r"'whisper' is unknown; known: none, basic, whisper-english"):
         normalizer("whisper")  # type: ignore[arg-type]
 
 

@@ -6,22 +6,22 @@ import pytest
 
 from duolect.evaluate.normalize import normalizer
 from duolect.evaluate.table import json_table, markdown_table, plain_table, rows
-from duolect.evaluate.wer import ScoreError, score
+from duolect.evaluate.wer import ScoreError
+from tests.evaluate.lines import score
 
 NONE = normalizer("none")
 REFERENCES = {f"u{i}": "a b c d e" for i in range(40)}
 DOMAINS = {k: "read" if i % 2 else "call" for i, k in enumerate(REFERENCES)}
 
 
-def scored(every: int, *, failed: int = 0):
+def scored(every: int, *, failed: int = 0, seconds: float = 0.0):
     hypotheses = {k: None if i < failed else "a x c d e" if i % every == 0 else v for i, (k, v) in enumerate(REFERENCES.items())}
-    return score(REFERENCES, hypotheses, normalizer=NONE, domains=DOMAINS, corpus="toy")
+    return score(REFERENCES, hypotheses, normalizer=NONE, domains=DOMAINS, seconds=seconds, corpus="toy")
 
 
 @pytest.fixture(scope="module")
 def table():
-    scores = {"ctc greedy": scored(1), "rescoring": scored(2), "one | pass": scored(4, failed=1)}
-    return rows(scores, seconds={"ctc greedy": 2.0, "rescoring": 12.0}, audio_seconds=100.0)
+    return rows({"ctc greedy": scored(1, seconds=2.0), "rescoring": scored(2, seconds=12.0), "one | pass": scored(4, failed=1)})
 
 
 def test_plain_table(table):
@@ -52,7 +52,7 @@ def test_json_table(table):
     first, second, third = data["rows"]
     assert first["against_first"] is None
     assert second["against_first"]["difference"] == pytest.approx(-10.0)
-    assert (first["rtf"], third["rtf"]) == (0.02, None)
+    assert (first["rtf"], third["rtf"]) == (pytest.approx(0.02), None) and third["audio_seconds"] == pytest.approx(97.5)
     assert second["domains"]["call"]["wer"] == 20.0
     assert third["failed"] == ["u0"]
 

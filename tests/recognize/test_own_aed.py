@@ -29,7 +29,7 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_aed_decoding_gives_the_same_in_any_batch(zoo, folder, name):
-    decodings = {name: decoding_of(name, Ingredients(lm=("",), unit_lm="", aed=folder, beam=4, nbest=6, interval=3, aed_beam=2))}
+    decodings = {name: decoding_of(name, Ingredients(lm=("",), unit_lm="", aed=folder, beam=4, nbest=6, interval=3, label_beam=2))}
     models, utterances = Models(say=lambda text: None), open_source(zoo["corpus"]).utterances
     found = []
     for seconds in (100, 0.1):

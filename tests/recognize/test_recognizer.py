@@ -38,7 +38,7 @@ from tests.recognize.conftest import TEXTS
 
 def ingredients(zoo) -> Ingredients:
     names: Any = {"lm": (str(zoo["llm"]),), "unit_lm": str(zoo["unit"]), "aed": "tiny", "speech_llm": str(zoo["sllm"])}
-    return Ingredients(**names, beam=4, nbest=6, interval=3, aed_beam=2, sllm_beam=2)
+    return Ingredients(**names, beam=4, nbest=6, interval=3, label_beam=2)
 
 
 def with_whisper(models: Models) -> Models:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -51,24 +52,22 @@ def score(
         raise ValueError("name at least one hypotheses file")
     at_least(0, errors=errors)
     writable("--json", json)
-    scores, seconds, audio = {}, {}, 0.0
+    merge_compounds = compounds == "merged"
+    scores = {}
     for path in hypotheses:
         lines = list(read_hypotheses(path))
         if lines and not any(r.nbest or r.error for r in lines):
             raise ValueError(f"{path}: no line has pred_text or nbest: a manifest, not the output of `duolect decode`?")
         name = path.stem if len({p.stem for p in hypotheses}) == len(hypotheses) else str(path)
-        scores[name] = score_recognized(
-            lines, normalizer=normalizer_of(normalizer), unit=unit, merge_compounds=compounds == "merged", corpus=path.stem
-        )
-        seconds[name] = sum(r.seconds for r in lines)
-        audio = max(audio, sum(float(r.fields.get("duration") or 0.0) for r in lines))
-    table = rows(scores, seconds=seconds, audio_seconds=audio)
+        rules = {"normalizer": normalizer_of(normalizer), "unit": unit, "merge_compounds": merge_compounds}
+        scores[name] = score_recognized(lines, corpus=path.stem, **rules)
+    table = rows(scores)
     print(plain_table(table))
     for name, result in scores.items():
         worst = sorted((u for u in result.utterances if u.errors.total), key=lambda u: -u.errors.total)[:errors]
         for utterance in worst:
             print(f"\n{name} · {utterance.id} · {utterance.errors.total} errors")
-            print("\n".join(alignment_lines(utterance.reference, utterance.hypothesis)))
+            print("\n".join(alignment_lines(utterance.reference, utterance.hypothesis, merge_compounds=merge_compounds)))
     if json is not None:
         write_json(json, json_table(table))
     return 0
@@ -121,7 +120,7 @@ def tune(
     at_least(2, folds=folds)
     at_least(1, draws=draws)
     at_least(0, seed=seed)
-    if largest <= 0:
+    if not 0 < largest < inf:
         raise ValueError(f"--largest {largest:g}: expected a number above 0")
     writable("--out", out)
     writable("--plot", plot)
@@ -140,7 +139,6 @@ def tune(
     tuned = tuned_scales(lists, reference=reference, free=free, **options)
     _say_tuned(tuned, reference, by)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_scales(out, tuned=tuned, by=by)
     if plot is not None:
         wer_surface(tuned, path=plot)
@@ -152,9 +150,9 @@ def _parts(lines: Sequence[Recognized], parts: tuple[str, ...], reference: str, 
     if not lines:
         raise ValueError(f"{hypotheses} is empty: there is nothing to tune on")
     if not (there := {name for line in lines for h in line.nbest for name in h.parts}):
-        raise ValueError(
-            f"{hypotheses}: no hypothesis has parts (a manifest? another system's output?): `duolect decode` and `rescore` write them"
-        )
+        raise ValueError(f"{hypotheses}: no hypothesis has parts, as `duolect decode` and `rescore` write them: is it another system's?")
+    if reference in parts:
+        raise ValueError(f"--parts {reference}: its scale is fixed to 1: leave it out, or fix another part's by --reference")
     names = parts or tuple(sorted(there - {reference}))
     if not names:
         raise ValueError(f"{hypotheses}: the hypotheses have no part but {reference}: add one with `duolect rescore`")
@@ -188,16 +186,14 @@ def _say_tuned(tuned: Tuned, reference: str, by: str) -> None:
         print(f"WER {tuned.cross_validated:.2f} {tuned.cross_validated_interval or ''} cross-validated: what to expect on other data")
     if tuned.groups:
         own = [name for name in tuned.scales if name != reference]
-        table: list[tuple[str, ...]] = [
-            (by, "utts", "words", *own, "WER, common scales", "own, fitted", "held out: common", "own", "gain [95%]")
-        ]
+        table = [[by, "utts", "words", *own, "WER, common scales", "own, fitted", "held out: common", "own", "gain [95%]"]]
         for name, g in tuned.groups.items():
-            held = (
-                ["-"] * 3 if g.gain is None else [f"{g.held_out_common:.2f}", f"{g.held_out:.2f}", f"{g.gain:+.2f} {g.gain_interval or ''}"]
-            )
+            held = ["-"] * 3
+            if g.gain is not None:
+                held = [f"{g.held_out_common:.2f}", f"{g.held_out:.2f}", f"{g.gain:+.2f} {g.gain_interval or ''}"]
             scales = (f"{g.scales[part]:.3f}" for part in own)
             few = "*" * (g.utterances < FEW)
-            table.append((name + few, str(g.utterances), str(g.words), *scales, f"{g.common:.2f}", f"{g.wer:.2f}", *held))
+            table.append([name + few, str(g.utterances), str(g.words), *scales, f"{g.common:.2f}", f"{g.wer:.2f}", *held])
         print(f"\n{aligned(table)}")
         if any(g.utterances < FEW for g in tuned.groups.values()):
             print(f"*: fewer than {FEW} utterances, of which neither scales nor intervals say much")

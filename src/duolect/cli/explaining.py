@@ -17,9 +17,9 @@ from duolect.cli.options import ModelOptions, device_of, quiet, recognizer_for, 
 if TYPE_CHECKING:
     from duolect.data.utterance import Utterance
     from duolect.recognize.decoding import Language
-    from duolect.recognize.explain import Explanation, Row, Scorers
+    from duolect.recognize.explain import Explanation, Row
     from duolect.recognize.recognizer import Recognizer
-    from duolect.scorer import Hypothesis, Recognized
+    from duolect.scorer import Recognized
 
 MANY = 3
 """Words in a row that make no difference and are shown one by one."""
@@ -54,7 +54,7 @@ def explain(
         json: Also write everything to this file.
     """
     from duolect.evaluate.tune import read_scales
-    from duolect.recognize.explain import explained, scorers_of
+    from duolect.recognize.explain import explained, scorers_of, written
     from duolect.recognize.files import read_settings
     from duolect.run import write_json
     from duolect.scorer import read_hypotheses
@@ -74,14 +74,15 @@ def explain(
     known = recognizer.decodings["it"]
     rescored = _rescored(made, models, name, [part for part in line.nbest[0].parts if part not in known.scales()])
     scorers = scorers_of(known, batch, rescored)
-    other = listed[rank - 1] if rank else _text(line.fields["text"] if against == "reference" else against, listed, scorers)
-    rank = next((i for i, h in enumerate(listed, start=1) if h is other), 0)
+    other = listed[rank - 1] if rank else written(line.fields["text"] if against == "reference" else against, scorers)
+    rank = rank or next((i for i, h in enumerate(listed, start=1) if h.text.strip() == other.text), 0)
+    if rank:
+        other = listed[rank - 1]
     if rank == 1:
         raise ValueError(f"--against {against}: that is the best hypothesis itself; name another rank or text")
     scales = chosen or known.scales()
     found = explained(listed[0], other, scorers=scorers, scales=scales)
-    notes = [*found.notes, *_notes(found, rank, known, by=f"{ranking}" if ranking else "")]
-    found = replace(found, notes=notes)
+    found = replace(found, notes=[*found.notes, *_notes(found, rank, known, ranking)])
     print(_shown(found, line, rank, against, every=all))
     if json is not None:
         write_json(json, {"id": line.id, "rank": rank or None, **found.to_json()})
@@ -139,9 +140,7 @@ def _rescored(made: Mapping[str, Any], models: ModelOptions, name: str, unknown:
         raise ValueError(f"--name {name}: expected a part that the decoding does not know: {', '.join(unknown) or 'there is none'}")
     lms = list(models.lm)
     if lms and made and not name and all(part in found for part in unknown):
-        raise ValueError(
-            f"--lm {lms[0]}: the hypotheses' .json says by which model each part is: leave --lm out, or name a part with --name"
-        )
+        raise ValueError(f"--lm {lms[0]}: the file's .json says by which model each part is: leave --lm out, or name a part with --name")
     if lms and (rest := [name] if name else [part for part in unknown if part not in found]):
         if len(rest) > 1:
             raise ValueError(f"--lm {lms[0]}: the decoding does not know {', '.join(rest)}: say with --name which of them is by that model")
@@ -169,25 +168,19 @@ def _utterance(line: Recognized, path: Path, data: Path | None) -> Utterance:
     return Utterance(line.id, path.parent / audio, None, None, line.fields, span and (span[0], span[1]))
 
 
-def _text(text: str, listed: list[Hypothesis], scorers: Scorers) -> Hypothesis:
-    """The hypothesis of that text: of the list if it is there."""
-    from duolect.recognize.explain import written
+def _notes(found: Explanation, rank: int, decoding: Any, by: Path | None) -> list[str]:
+    from duolect.recognize.explain import summed
 
-    made = written(text, scorers)
-    return next((h for h in listed if h.text.strip() == made.text), made)
-
-
-def _notes(found: Explanation, rank: int, decoding: Any, *, by: str) -> list[str]:
     notes = []
     if rank:
         if found.difference < 0:
-            notes.append("A is the first all the same: it was ranked by other scales" if not by else f"A is the first by {by}")
+            notes.append(f"A is the first by {by}" if by else "A is the first all the same: it was ranked by other scales")
     elif found.difference < 0:
         notes.append("B is better by these scores and not in the list: the search lost it; a larger --beam or --nbest may find it")
     else:
         notes.append("B is not in the list, and these scores do not want it: no larger beam would choose it")
     if exponent := getattr(decoding, "length_exponent", 0.0):
-        both = (found.a, found.totals("a")), (found.b, found.totals("b"))
+        both = (found.a, summed(found.rows).parts_a), (found.b, summed(found.rows).parts_b)
         a, b = (sum(found.scales[n] * x for n, x in parts.items()) / (len(h.labels) + 1) ** exponent for h, parts in both)
         notes.append(f"the search ranked by score / (labels + 1)^{exponent:g}: A {a:.3f}, B {b:.3f}")
     return notes

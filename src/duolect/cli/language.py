@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -41,8 +42,6 @@ def finetune(
         case: What is made of the texts: they should look as transcripts do.
         options: Training.
     """
-    from dataclasses import replace
-
     from duolect.recipes.language import finetune as recipe
     from duolect.recipes.language import run
 
@@ -69,8 +68,6 @@ def train(
         case: What is made of the texts: they should look as transcripts do.
         options: Training.
     """
-    from dataclasses import replace
-
     from duolect.recipes.language import run, scratch
 
     return trained(replace(scratch(text, check, units), case=case), run, out, options)
@@ -106,7 +103,7 @@ def ppl(
 
     from duolect.cli.options import device_of, quiet
     from duolect.data.text import TextLines
-    from duolect.evaluate.perplexity import json_rows, perplexities, plain_rows
+    from duolect.evaluate.perplexity import perplexities, plain_rows
     from duolect.models.ngram import reads
     from duolect.recognize.models import Models
     from duolect.run import write_json
@@ -116,9 +113,8 @@ def ppl(
     quiet()
     models = Models(device=device_of(device), precision=precision)
     sources = {str(path): TextLines(path) for path in text}
-    for lines in sources.values():
-        if not len(lines):
-            raise ValueError(f"{lines.path}: has no sentence: name a text with one a line, or a manifest with texts")
+    if empty := [path for path, lines in sources.items() if not len(lines)]:
+        raise ValueError(f"{empty[0]}: has no sentence: name a text with one a line, or a manifest with texts")
     rows = []
     for name in lm:
         scorer = models.language(name, prompt=prompt)
@@ -135,7 +131,7 @@ def ppl(
                 models.say(f"{title}: {share}, such as {unread[0][:60]!r}: do not compare its perplexity with others'")
     print(plain_rows(rows))
     if json is not None:
-        write_json(json, json_rows(rows))
+        write_json(json, [asdict(row) for row in rows])
     return 0
 
 

@@ -14,6 +14,7 @@ from duolect.cli.checks import corpus_name
 
 if TYPE_CHECKING:
     from duolect.data.sources import Source
+    from duolect.evaluate.table import Row
     from duolect.recognize.presets import Ingredients
     from duolect.recognize.recognizer import Recognizer
     from duolect.scorer import Recognized
@@ -94,11 +95,8 @@ def of_one_folder(options: ModelOptions) -> ModelOptions:
         return options
     kind = read_config(Path(options.model)).get("type")
     if kind not in ("ctc", "aed", "speech_llm"):
-        raise ValueError(
-            f"--model {options.model}: its config.json says type {kind}, expected ctc, aed or speech_llm: use --am, --lm, --aed"
-        )
-    decoder = {"aed": options.model} if kind == "aed" else {"speech_llm": options.model} if kind == "speech_llm" else {}
-    return replace(options, am=options.model, **decoder)
+        raise ValueError(f"--model {options.model}: its config.json says {kind}, expected ctc, aed or speech_llm: use --am, --lm, --aed")
+    return replace(options, am=options.model, **({} if kind == "ctc" else {kind: options.model}))
 
 
 def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
@@ -127,9 +125,7 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
         raise ValueError(f"a beam of {min(options.beam, options.nbest)} holds no hypothesis: give 1 or more")
     folder = options.scales or models.scales_folder(options.am)
     if options.scales is not None and not options.scales.is_dir():
-        raise ValueError(
-            f"--scales {options.scales}: is no folder: name the folder of the files that `duolect tune` writes (llm.json, ...)"
-        )
+        raise ValueError(f"--scales {options.scales}: is no folder: name the one of the files that `duolect tune` wrote (llm.json, ...)")
     scales = dict(DEFAULT_SCALES)
     references = {str(f["id"]): str(f.get("text", "")) for f in warn}
     for wanted in sorted({p.scales for name in decodings if (p := {**PRESETS, **FUSIONS}.get(name)) and p.scales}):
@@ -138,9 +134,7 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
         if path is not None and path.is_file():
             tuned = read_scales(path)
             if missing := set(default) - set(tuned.scales):
-                raise ValueError(
-                    f"{path}: has scales for {', '.join(tuned.scales)}, but {wanted} needs {', '.join(missing)}: name the parts so"
-                )
+                raise ValueError(f"{path}: has scales for {', '.join(tuned.scales)}, {wanted} needs {', '.join(missing)}: name them so")
             scales[wanted] = {**default, **tuned.scales}
             note = f"tuned on {tuned.corpus or path}"
             if warning := same_corpus_warning(tuned, references=references):
@@ -206,6 +200,16 @@ def say_score(lines: Sequence[Any], data: Path) -> None:
 
     if lines and all(isinstance(r.fields.get("text"), str) for r in lines):
         print(score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=corpus_name(data)), file=sys.stderr)
+
+
+def write_tables(table: Sequence[Row], out: Path, *, device: str, notes: Sequence[str] = (), **more: Any) -> None:
+    """Prints a table and writes it into a folder: table.md, and table.json with what it was made in."""
+    from duolect.evaluate.table import json_table, markdown_table, plain_table
+    from duolect.run import environment, write_json
+
+    print("\n".join([plain_table(table), *notes]))
+    (out / "table.md").write_text(markdown_table(table) + "".join(f"- {note}\n" for note in notes), encoding="utf-8")
+    write_json(out / "table.json", {"table": json_table(table), **more, "env": environment(device=device, seed=0)})
 
 
 def report(failures: Sequence[str], lines: Sequence[Recognized] = ()) -> int:

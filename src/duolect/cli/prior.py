@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from duolect.cli.checks import at_least, corpus_name, writable
+from duolect.cli.options import report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +59,7 @@ def prior(
     place = Path(place_of(am, "acoustic"))
     if out is None and not place.is_dir():
         raise ValueError(f"--am {am}: has no folder of its own: name one for {PRIORS_FILE} with --out")
-    folder = out or place
-    writable("--out", folder, folder=True)
+    writable("--out", folder := out or place, folder=True)
     models, failed = Models(), list[str]()
     model, language = models.acoustic(am), models.vocabulary(lm) if lm else None
     utterances = open_source(data).utterances if data else ()
@@ -82,9 +82,7 @@ def prior(
         write_priors(folder, language, {"llm": found["llm"]}, source=f"{source}, in labels of {lm}")
         _say({"llm": found["llm"]}, words, language)
     print(f"{folder / PRIORS_FILE}: {', '.join(found)} from {len(chosen) - len(failed)} utterances and {texts} transcripts")
-    for line in failed:
-        print(f"  {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return report(failed)
 
 
 def _words(text: Path | None, utterances: Sequence[Utterance], case: Literal["lower", "upper", "keep"]) -> Words:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from duolect.cli.checks import at_least, corpus_name, pairs, writable
-from duolect.cli.options import ModelOptions, device_of, of_one_folder, quiet, recognizer_for, report, say_score, source_of
+from duolect.cli.options import ModelOptions, device_of, of_one_folder, quiet, recognizer_for, report, say_score, source_of, write_tables
 
 if TYPE_CHECKING:
     from duolect.recognize.files import Format
@@ -169,8 +169,9 @@ def rescore(
     from tqdm import tqdm
 
     from duolect.recognize.decoding import policy_of
-    from duolect.recognize.files import read_settings, write_settings
+    from duolect.recognize.files import read_settings
     from duolect.recognize.models import Models
+    from duolect.run import write_json
     from duolect.scorer import read_hypotheses, write_hypotheses
     from duolect.search.rescore import labels_for, ranked, rescored
 
@@ -190,13 +191,11 @@ def rescore(
     for start in tqdm(range(0, len(lines), batch), unit="batch", disable=not sys.stderr.isatty()):
         part = lines[start : start + batch]
         lists = rescored([line.nbest for line in part], name=name, scorer=scorer, labels=labels)
-        done += [replace(line, nbest=tuple(found)) for line, found in zip(part, lists, strict=True)]
-    if weights:
-        done = [replace(line, nbest=tuple(ranked(line.nbest, weights))) for line in done]
+        done += [replace(line, nbest=tuple(ranked(found, weights))) for line, found in zip(part, lists, strict=True)]
     made = read_settings(hypotheses)
     write_hypotheses(out, done)
     made["rescored"] = {**made.get("rescored", {}), name: {"lm": lm, "prompt": prompt}}
-    write_settings(out, made | ({"scales": dict(weights)} if weights else {}))
+    write_json(f"{out}.json", made | ({"scales": dict(weights)} if weights else {}))
     say_score(done, hypotheses)
     return 0
 
@@ -213,9 +212,7 @@ def _weights(name: str, scale: float | None, file: Path | None, parts: set[str],
         raise ValueError(f"--scale {scale} and --scales {file}: name one of the two")
     tuned = read_scales(file)
     if missing := tuned.scales.keys() - parts - {name}:
-        raise ValueError(
-            f"{file}: has a scale for {', '.join(missing)}, the hypotheses only {', '.join(sorted(parts))}: rescore them first"
-        )
+        raise ValueError(f"{file}: has a scale for {', '.join(missing)}, the hypotheses only {', '.join(sorted(parts))}: rescore first")
     if warning := same_corpus_warning(tuned, references={line.id: str(line.fields.get("text", "")) for line in lines}):
         print(f"warning: {file.name}: {warning}", file=sys.stderr)
     return tuned.scales
@@ -246,11 +243,10 @@ def compare(
         limit: Only the first so many utterances.
     """
     from duolect.evaluate.normalize import normalizer as normalizer_of
-    from duolect.evaluate.table import json_table, markdown_table, plain_table, rows
+    from duolect.evaluate.table import rows
     from duolect.evaluate.wer import score_recognized
     from duolect.recognize.files import decode_to_files
     from duolect.recognize.presets import PRESETS
-    from duolect.run import environment, write_json
 
     at_least(1, limit=limit)
     writable("--out", out, folder=True)
@@ -272,13 +268,7 @@ def compare(
     found = decode_to_files(recognizer, utterances, _hypotheses_files(out / "hypotheses", list(recognizer.decodings)))
     rule, corpus = normalizer_of(normalizer), corpus_name(data)
     scores = {titles[name]: score_recognized(lines, normalizer=rule, corpus=corpus) for name, lines in found.items()}
-    seconds = {titles[name]: sum(r.seconds for r in lines) for name, lines in found.items()}
-    audio = max(sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None) for lines in found.values())
-    table = rows(scores, seconds=seconds, audio_seconds=audio)
-    print("\n".join([plain_table(table), *notes]))
-    (out / "table.md").write_text(markdown_table(table) + "".join(f"- {note}\n" for note in notes), encoding="utf-8")
-    device = recognizer.models.device
-    write_json(out / "table.json", {"table": json_table(table), "left_out": misfits, "env": environment(device=device, seed=0)})
+    write_tables(rows(scores), out, device=recognizer.models.device, notes=notes, left_out=misfits)
     print(f"\nwritten: {out / 'table.md'}, {out / 'table.json'}, {out / 'hypotheses'}/", file=sys.stderr)
     return report([*failures, *_failed(found, titles)], [r for lines in found.values() for r in lines])
 

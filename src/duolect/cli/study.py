@@ -38,11 +38,9 @@ def study(
         limit: Only the first so many utterances of the test set.
         device: cpu or cuda; default: a GPU if there is one.
     """
-    from duolect.cli.options import quiet
+    from duolect.cli.options import quiet, write_tables
     from duolect.config import with_overrides
-    from duolect.evaluate.table import json_table, markdown_table, plain_table
     from duolect.recipes.asr import RECIPES
-    from duolect.run import environment, write_json
     from duolect.study.tables import DECODINGS, TABLES, Study, measured
     from duolect.train.parallel import join
 
@@ -58,9 +56,7 @@ def study(
     world = join("replicate", device)
     found = measured(Study(table, experiment, test, decodings or DECODINGS, limit), out, world=world)
     if world.first:
-        print(plain_table(found))
-        (out / "table.md").write_text(markdown_table(found), encoding="utf-8")
-        write_json(out / "table.json", {"table": json_table(found), "env": environment(device=str(world.device), seed=0)})
+        write_tables(found, out, device=str(world.device))
     return 0
 
 
@@ -99,10 +95,8 @@ def fusion(
         limit: Only the first so many utterances of both corpora.
         device: cpu or cuda; auto: a GPU if there is one.
     """
-    from duolect.cli.options import device_of, quiet
-    from duolect.evaluate.table import json_table, markdown_table, plain_table
+    from duolect.cli.options import device_of, quiet, write_tables
     from duolect.recognize.models import Models
-    from duolect.run import environment, write_json
     from duolect.study.fusion import FusionStudy, measured
 
     quiet()
@@ -114,8 +108,5 @@ def fusion(
         raise ValueError(f"--lm {' '.join(lm)}: two of them have the same name: rename a folder")
     models = Models(device=device_of(device))
     study = FusionStudy(am, names, tune, test, priors, intervals, beams, nbest=nbest, rounds=rounds, limit=limit)
-    table = measured(study, out, models)
-    print(plain_table(table))
-    (out / "table.md").write_text(markdown_table(table), encoding="utf-8")
-    write_json(out / "table.json", {"table": json_table(table), "env": environment(device=models.device, seed=0)})
+    write_tables(measured(study, out, models), out, device=models.device)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ class Interval:
         return f"[{self.low:.2f}, {self.high:.2f}]"
 
 
-def resampled_sums(values: NDArray[np.int64], *, draws: int, seed: int) -> NDArray[np.int64]:
+def resampled_sums(values: NDArray[Any], *, draws: int = DRAWS, seed: int = 0) -> NDArray[Any]:
     """[draws, C] column sums of `draws` samples of N rows drawn with replacement from values [N, C]."""
     rng = np.random.default_rng(seed)
     units, columns = values.shape
@@ -30,7 +31,7 @@ def resampled_sums(values: NDArray[np.int64], *, draws: int, seed: int) -> NDArr
     if 4 * len(distinct) < units:
         # Utterances with equal counts are interchangeable: how often each kind is drawn is multinomial, which is the same distribution.
         return rng.multinomial(units, counts / units, size=draws) @ distinct
-    sums = np.empty((draws, columns), np.int64)
+    sums = np.empty((draws, columns), values.dtype)
     step = max(1, _CELLS // units)
     for start in range(0, draws, step):
         rows = rng.integers(0, units, size=(min(step, draws - start), units))
@@ -48,10 +49,10 @@ def percentiles(samples: NDArray[np.float64]) -> Interval | None:
     return Interval(float(low), float(high))
 
 
-def rate_interval(errors: NDArray[np.int64], words: NDArray[np.int64], *, draws: int = DRAWS, seed: int = 0) -> Interval | None:
+def rate_interval(errors: NDArray[np.int64], words: NDArray[np.int64], *, seed: int = 0) -> Interval | None:
     """95% interval of 100 * sum(errors) / sum(words) over units [N]; None for fewer than two units, which say nothing of the spread."""
     if len(words) < 2 or not words.any():
         return None
-    sums = resampled_sums(np.stack([errors, words], axis=1), draws=draws, seed=seed)
+    sums = resampled_sums(np.stack([errors, words], axis=1), seed=seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         return percentiles(100.0 * sums[:, 0] / sums[:, 1])

@@ -12,12 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duolect.evaluate.normalize import Normalizer
-from duolect.evaluate.wer import count_errors
+from duolect.evaluate.wer import ScoreError
 from duolect.scorer import Recognized
-
-
-class NBestError(ValueError):
-    """The lists cannot be tuned on; the message names the utterance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,55 +54,37 @@ def padded_lists(
     parts: Mapping[str, Sequence[Sequence[float]]],
     words: Sequence[int],
     ids: Sequence[str] | None = None,
-    failed: Sequence[str] = (),
-    corpus: str = "",
-    digest: str = "",
-    signature: str = "",
 ) -> NBestLists:
-    """The lists of ragged numbers; an utterance without hypotheses has all its words deleted. NBestError for NaN or +inf parts."""
+    """The lists of ragged numbers; an utterance without hypotheses has all its words deleted. ScoreError for NaN or +inf parts."""
     ids = tuple(ids) if ids is not None else tuple(str(i) for i in range(len(errors)))
-    if not len(ids) == len(errors) == len(words):
-        raise NBestError(f"got {len(errors)} lists of errors, {len(words)} word counts and {len(ids)} ids; expected equally many")
     lengths = np.array([len(x) for x in errors], np.int64)
     shape = (len(errors), max(1, int(lengths.max(initial=0))))
     real = np.arange(shape[1]) < np.maximum(lengths, 1)[:, None]
-    padded_errors = np.zeros(shape, np.int64)
     filled = np.arange(shape[1]) < lengths[:, None]
+    counts = np.asarray(words, np.int64)
+    padded_errors = np.zeros(shape, np.int64)
     padded_errors[filled] = np.fromiter((e for x in errors for e in x), np.int64)
-    padded_errors[lengths == 0, 0] = np.asarray(words, np.int64)[lengths == 0]
+    padded_errors[lengths == 0, 0] = counts[lengths == 0]
     padded: dict[str, NDArray[np.float64]] = {}
     possible = real.copy()
     for name, values in parts.items():
-        if wrong := [i for i, x in enumerate(values) if len(x) != lengths[i]] or ([len(values)] if len(values) != len(errors) else []):
-            raise NBestError(f"part {name!r}: {len(wrong)} lists have another length than their errors, the first at {wrong[0]}")
         padded[name] = np.zeros(shape)
         padded[name][filled] = np.fromiter((v for x in values for v in x), np.float64)
-        bad = np.isnan(padded[name]) | (padded[name] == np.inf)
-        if bad.any():
-            row, column = np.argwhere(bad)[0]
+        for row, column in np.argwhere(np.isnan(padded[name]) | (padded[name] == np.inf)):
             value = padded[name][row, column]
-            raise NBestError(f"utterance {ids[row]}, hypothesis {column + 1}: part {name!r} is {value}; expected a log-probability")
+            raise ScoreError(f"utterance {ids[row]}, hypothesis {column + 1}: part {name!r} is {value}; expected a log-probability")
         possible &= padded[name] > -np.inf
     impossible = int((real & ~possible).sum())
     possible[~possible.any(axis=1), 0] = True
-    return NBestLists(
-        ids, np.asarray(words, np.int64), padded_errors, {k: np.where(v > -np.inf, v, 0.0) for k, v in padded.items()}, possible,
-        first=padded_errors[:, 0], oracle=np.where(real, padded_errors, np.iinfo(np.int64).max).min(axis=1),
-        impossible=impossible, failed=tuple(failed), corpus=corpus, digest=digest, signature=signature,
-    )  # fmt: skip
+    finite = {name: np.where(values > -np.inf, values, 0.0) for name, values in padded.items()}
+    oracle = np.where(real, padded_errors, np.iinfo(np.int64).max).min(axis=1)
+    return NBestLists(ids, counts, padded_errors, finite, possible, first=padded_errors[:, 0], oracle=oracle, impossible=impossible)
 
 
-def nbest_lists(
-    recognized: Iterable[Recognized],
-    *,
-    normalizer: Normalizer,
-    parts: Sequence[str],
-    merge_compounds: bool = False,
-    corpus: str = "",
-) -> NBestLists:
+def nbest_lists(recognized: Iterable[Recognized], *, normalizer: Normalizer, parts: Sequence[str], corpus: str = "") -> NBestLists:
     """The lists of a hypotheses file, with the errors of every hypothesis counted (once per distinct normalized text of an utterance).
 
-    NBestError for a line without a reference `text`, an id twice, or a hypothesis without one of the parts.
+    ScoreError for a line without a reference `text`, an id twice, or a hypothesis without one of the parts.
     """
     references: dict[str, str] = {}
     words, errors, failed = [], [], []
@@ -114,38 +92,23 @@ def nbest_lists(
     for line in recognized:
         reference = line.fields.get("text")
         if not isinstance(reference, str):
-            raise NBestError(
-                f"utterance {line.id} has no reference in its field 'text', so its errors cannot be counted: add it, or remove the line"
-            )
+            raise ScoreError(f"utterance {line.id} has no reference in its field 'text' to compare with: add it, or remove the line")
         if line.id in references:
-            raise NBestError(f"id {line.id!r} stands twice in the hypotheses")
+            raise ScoreError(f"id {line.id!r} stands twice in the hypotheses")
         references[line.id] = reference
         nbest = line.nbest if line.error is None else ()
         if not nbest:
             failed.append(line.id)
-        target = normalizer(reference)
-        words.append(len(target_words := target.split()))
-        counted: dict[str, int] = {}
+        target = normalizer(reference).split()
+        words.append(len(target))
         texts = [normalizer(h.text) for h in nbest]
-        for text in texts:
-            if text not in counted:
-                counted[text] = (
-                    count_errors(target, text, merge_compounds=True).total if merge_compounds else _edits(target_words, text.split())
-                )
+        counted = {text: _edits(target, text.split()) for text in set(texts)}
         errors.append([counted[text] for text in texts])
         for name in parts:
             values[name].append([_part(line.id, i, h.parts, name) for i, h in enumerate(nbest)])
-    rules = f"norm:{normalizer}|compounds:{'merged' if merge_compounds else 'apart'}|corpus:{corpus or '?'}|utts:{len(references)}"
-    return padded_lists(
-        errors,
-        parts=values,
-        words=words,
-        ids=list(references),
-        failed=failed,
-        corpus=corpus,
-        digest=corpus_digest(references),
-        signature=rules,
-    )
+    signature = f"norm:{normalizer}|compounds:apart|corpus:{corpus or '?'}|utts:{len(references)}"
+    lists = padded_lists(errors, parts=values, words=words, ids=list(references))
+    return replace(lists, failed=tuple(failed), corpus=corpus, digest=corpus_digest(references), signature=signature)
 
 
 def corpus_digest(references: Mapping[str, str]) -> str:
@@ -168,5 +131,5 @@ def _edits(ours: Sequence[str], theirs: Sequence[str]) -> int:
 def _part(key: str, index: int, parts: Mapping[str, float], name: str) -> float:
     if name not in parts:
         has = ", ".join(parts) or "none"
-        raise NBestError(f"utterance {key}, hypothesis {index + 1}: no part {name!r} (it has: {has}); rescore the lists with it first")
+        raise ScoreError(f"utterance {key}, hypothesis {index + 1}: no part {name!r} (it has: {has}); rescore the lists with it first")
     return float(parts[name])

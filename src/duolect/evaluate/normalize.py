@@ -13,16 +13,11 @@ from typing import Literal, get_args
 
 NormalizerName = Literal["none", "basic", "whisper-english"]
 
-_PACKAGE = "whisper-normalizer"
 _KEPT = 200_000  # words and phrases remembered
 _LETTERS = re.compile(r"[a-z]+('[a-z]+)?")
 _ACROSS = re.compile(r"'[sd] (been|gone|done|gotta|got)\b")  # contractions that another word decides about
 _OTHER, _NUMERIC = "!", "#"
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'"})
-
-
-class NormalizerError(ValueError):
-    """There is no such normalizer, or its package is missing."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Normalizer:
 
 @functools.cache
 def normalizer(name: NormalizerName) -> Normalizer:
-    """The normalizer of that name; NormalizerError if it is unknown or its package is not installed.
+    """The normalizer of that name.
 
     none: white space folded, nothing else. basic: also lower case, and punctuation (apostrophes and hyphens inside words aside) removed;
     any language. whisper-english: Whisper's (arXiv 2212.04356, appendix C): also fillers, contractions, numbers, British spelling. The Open
@@ -53,12 +48,10 @@ def normalizer(name: NormalizerName) -> Normalizer:
     if name == "basic":
         return Normalizer("basic", "1", _basic)
     if name == "whisper-english":
-        try:
-            from whisper_normalizer.english import EnglishTextNormalizer
-        except ImportError as error:
-            raise NormalizerError(f"normalizer whisper-english needs the package {_PACKAGE}: pip install {_PACKAGE}==0.1.15") from error
-        return Normalizer("whisper-english", metadata.version(_PACKAGE), _ByPhrase(EnglishTextNormalizer()))
-    raise NormalizerError(f"normalizer {name!r} is unknown; known: {', '.join(get_args(NormalizerName))}")
+        from whisper_normalizer.english import EnglishTextNormalizer
+
+        return Normalizer("whisper-english", metadata.version("whisper-normalizer"), _ByPhrase(EnglishTextNormalizer()))
+    raise ValueError(f"normalizer {name!r} is unknown; known: {', '.join(get_args(NormalizerName))}")
 
 
 class _ByPhrase:
@@ -70,12 +63,11 @@ class _ByPhrase:
 
     def __init__(self, whole: Callable[[str], str]) -> None:
         self.whole, self.numeric = whole, frozenset(whole.standardize_numbers.words)  # type: ignore[attr-defined]
-        self.words: dict[str, str] = {}  # each as it is when normalized, or a mark
-        self.runs: dict[str, str] = {}
+        self.word, self.run = functools.lru_cache(_KEPT)(self._word), functools.lru_cache(_KEPT)(whole)
 
     def __call__(self, text: str) -> str:
         words = text.lower().split()
-        found = [self.words.get(word) or self._learned(word) for word in words]
+        found = [self.word(word) for word in words]
         if _OTHER in found or ("'" in text and _ACROSS.search(" ".join(words))):
             return self.whole(text)
         if _NUMERIC not in found:
@@ -83,28 +75,15 @@ class _ByPhrase:
         out: list[str] = []
         for numeric, run in groupby(zip(words, found, strict=True), key=lambda pair: pair[1] == _NUMERIC):
             before, after = zip(*run, strict=True)
-            out += (self._run(" ".join(before)),) if numeric else after
+            out += (self.run(" ".join(before)),) if numeric else after
         return " ".join(out)
 
-    def _run(self, phrase: str) -> str:
-        if phrase not in self.runs:
-            if len(self.runs) >= _KEPT:
-                self.runs.clear()
-            self.runs[phrase] = self.whole(phrase)
-        return self.runs[phrase]
-
-    def _learned(self, word: str) -> str:
+    def _word(self, word: str) -> str:
         """The word normalized; marked as numeric where it may be a part of a number, or lets the words around it meet."""
-        if len(self.words) >= _KEPT:
-            self.words.clear()
         if not _LETTERS.fullmatch(word) or word == "half":  # "and a half" is read across words
-            found = _OTHER
-        else:
-            found = " ".join(self.whole(word).split())
-            if not found or self.numeric & {word, *found.split()} or not re.fullmatch("[a-z ]+", found):
-                found = _NUMERIC
-        self.words[word] = found
-        return found
+            return _OTHER
+        found = " ".join(self.whole(word).split())
+        return _NUMERIC if not found or self.numeric & {word, *found.split()} or not re.fullmatch("[a-z ]+", found) else found
 
 
 def _basic(text: str) -> str:

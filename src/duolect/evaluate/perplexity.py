@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from duolect.evaluate.bootstrap import DRAWS, Interval, percentiles
+from duolect.evaluate.bootstrap import Interval, percentiles, resampled_sums
 from duolect.evaluate.table import aligned
 
 
@@ -38,30 +37,23 @@ class Perplexity:
     word_interval: Interval | None
 
 
-def perplexities(scored: Sequence[Scored], *, model: str, text: str, seed: int = 0) -> list[Perplexity]:
+def perplexities(scored: Sequence[Scored], *, model: str, text: str) -> list[Perplexity]:
     """One for the whole text and, where it has more than one domain, one for each, in alphabetical order."""
     domains = sorted({x.domain for x in scored})
-    groups = [("all", list(scored)), *((d, [x for x in scored if x.domain == d]) for d in domains if len(domains) > 1)]
-    return [_perplexity(part, model, text, domain, seed) for domain, part in groups if part]
+    parts = {d: [x for x in scored if x.domain == d] for d in domains} if len(domains) > 1 else {}
+    return [_perplexity(part, model, text, domain) for domain, part in {"all": scored, **parts}.items()]
 
 
-def _perplexity(scored: Sequence[Scored], model: str, text: str, domain: str, seed: int) -> Perplexity:
-    nats, labels, words = (np.array([getattr(x, name) for x in scored], np.float64) for name in ("nats", "labels", "words"))
-
-    def figure(count: np.ndarray) -> tuple[float, Interval | None]:
-        if len(scored) < 2:
-            return _exp(nats.sum() / count.sum()), None
-        rng = np.random.default_rng(seed)
-        drawn = []
-        for at_once in np.diff(np.r_[0 : DRAWS : max(1, (1 << 22) // len(scored)), DRAWS]):  # a text may have millions of sentences
-            rows = rng.integers(0, len(scored), size=(at_once, len(scored)))
-            drawn.append(nats[rows].sum(1) / count[rows].sum(1))
-        return _exp(nats.sum() / count.sum()), percentiles(np.exp(np.concatenate(drawn)))
-
-    (by_label, by_label_interval), (by_word, by_word_interval) = figure(labels), figure(words)
+def _perplexity(scored: Sequence[Scored], model: str, text: str, domain: str) -> Perplexity:
+    numbers = np.array([(x.nats, x.labels, x.words) for x in scored], np.float64)
+    nats, labels, words = numbers.sum(axis=0)
+    intervals: list[Interval | None] = [None, None]
+    if len(scored) > 1:
+        drawn = resampled_sums(numbers)
+        intervals = [percentiles(np.exp(drawn[:, 0] / drawn[:, column])) for column in (1, 2)]
     # The end of a sentence is a label and a word of its own, and says nothing of how words are cut.
-    ratio = (labels.sum() - len(scored)) / max(1.0, words.sum() - len(scored))
-    return Perplexity(model, text, domain, len(scored), float(ratio), by_label, by_label_interval, by_word, by_word_interval)
+    ratio = float((labels - len(scored)) / max(1.0, words - len(scored)))
+    return Perplexity(model, text, domain, len(scored), ratio, _exp(nats / labels), intervals[0], _exp(nats / words), intervals[1])
 
 
 def _exp(x: float) -> float:
@@ -71,23 +63,9 @@ def _exp(x: float) -> float:
 def plain_rows(rows: Sequence[Perplexity]) -> str:
     """A table for a terminal."""
     head = ("model", "text", "domain", "sentences", "labels/word", "PPL/label", "95%", "PPL/word", "95%")
-    body = [
-        (
-            r.model,
-            r.text.rsplit("/", 1)[-1],
-            r.domain,
-            str(r.sentences),
-            f"{r.labels_per_word:.2f}",
-            f"{r.label_ppl:.2f}",
-            str(r.label_interval or ""),
-            f"{r.word_ppl:.1f}",
-            f"[{r.word_interval.low:.1f}, {r.word_interval.high:.1f}]" if r.word_interval else "",
-        )
-        for r in rows
-    ]
+    body = []
+    for r in rows:
+        of_words = f"[{r.word_interval.low:.1f}, {r.word_interval.high:.1f}]" if r.word_interval else ""
+        names = (r.model, r.text.rsplit("/", 1)[-1], r.domain, str(r.sentences), f"{r.labels_per_word:.2f}")
+        body.append((*names, f"{r.label_ppl:.2f}", str(r.label_interval or ""), f"{r.word_ppl:.1f}", of_words))
     return aligned([head, *body], left=3)
-
-
-def json_rows(rows: Sequence[Perplexity]) -> list[dict[str, Any]]:
-    """The rows as JSON values."""
-    return [asdict(r) for r in rows]

@@ -15,10 +15,6 @@ import numpy as np
 from duolect.evaluate.tune import Tuned
 
 
-class PlotError(RuntimeError):
-    """A picture cannot be drawn."""
-
-
 def wer_surface(tuned: Tuned, *, path: str | Path) -> None:
     """Writes the WER over one scale (a curve) or over the first two (contours, the best of the others), to PNG.
 
@@ -153,9 +149,9 @@ def _regions(panel: Any, kinds: Sequence[str], *, wide: float) -> float:
 
 
 def figure_class() -> Any:
-    """matplotlib's Figure. Raises PlotError where there is none; asked before long work, it saves that work."""
+    """matplotlib's Figure. RuntimeError where there is none; asked before long work, it saves that work."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PlotError("matplotlib is missing: pip install 'duolect[plots]'") from error
+        raise RuntimeError("matplotlib is missing: pip install 'duolect[plots]'") from error
     return Figure

@@ -5,46 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from duolect.evaluate.bootstrap import DRAWS, Interval
+from duolect.evaluate.bootstrap import Interval
 from duolect.evaluate.wer import Comparison, Score, compare, score_json
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system. seconds: of compute; audio_seconds: of speech. against_first: the difference to the first row, None there."""
+    """One system. against_first: the difference to the first row, None there."""
 
     system: str
     score: Score
-    seconds: float | None = None
-    audio_seconds: float | None = None
     against_first: Comparison | None = None
 
-    @property
-    def rtf(self) -> float | None:
-        """Seconds of compute per second of audio; None where either is unknown."""
-        return self.seconds / self.audio_seconds if self.seconds and self.audio_seconds else None
 
-
-def rows(
-    scores: Mapping[str, Score],
-    *,
-    seconds: Mapping[str, float] | None = None,
-    audio_seconds: float | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> tuple[Row, ...]:
-    """One row per system, each compared with the first; seconds: system -> seconds of compute for all audio_seconds.
-
-    ScoreError if the systems were not scored on the same utterances by the same rules.
-    """
+def rows(scores: Mapping[str, Score]) -> tuple[Row, ...]:
+    """One row per system, each compared with the first. ScoreError if the systems were not scored on the same utterances."""
     first = next(iter(scores.values()), None)
-    return tuple(
-        Row(name, one, (seconds or {}).get(name), audio_seconds,
-            None if first is None or one is first else compare(first, one, draws=draws, seed=seed))
-        for name, one in scores.items()
-    )  # fmt: skip
+    return tuple(Row(name, one, None if first is None or one is first else compare(first, one)) for name, one in scores.items())
 
 
 def plain_table(table: Sequence[Row]) -> str:
@@ -74,11 +54,9 @@ def markdown_table(table: Sequence[Row]) -> str:
 
 def json_table(table: Sequence[Row]) -> dict[str, Any]:
     """The rows as JSON values, full precision."""
-    return {"rows": [
-        {"system": row.system, **score_json(row.score), "seconds": row.seconds, "audio_seconds": row.audio_seconds, "rtf": row.rtf,
-         "against_first": _comparison_json(row.against_first)}
-        for row in table
-    ]}  # fmt: skip
+    return {
+        "rows": [{"system": row.system, **score_json(row.score), "against_first": _comparison_json(row.against_first)} for row in table]
+    }
 
 
 def _comparison_json(comparison: Comparison | None) -> dict[str, Any] | None:
@@ -104,9 +82,9 @@ def _cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         ("D", lambda row: str(row.score.errors.deletions)),
         ("I", lambda row: str(row.score.errors.insertions)),
         ("words", lambda row: str(row.score.errors.words)),
-        *((name, _domain_cell(name)) for name in domains),
+        *((name, partial(_domain_cell, name)) for name in domains),
         ("failed", lambda row: str(len(row.score.failed)) if row.score.failed else ""),
-        ("RTF", lambda row: "" if row.rtf is None else f"{row.rtf:.3g}"),
+        ("RTF", lambda row: "" if row.score.rtf is None else f"{row.score.rtf:.3g}"),
         ("vs first", lambda row: "" if row.against_first is None else f"{row.against_first.difference:+.2f}"),
         ("95% of it", lambda row: "" if row.against_first is None else _interval(row.against_first.interval, sign="+")),
         ("p", lambda row: "" if row.against_first is None else _p_value(row.against_first.p_value)),
@@ -117,8 +95,8 @@ def _cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [title for title, _ in kept], [[cells[i] for _, cells in kept] for i in range(len(table))]
 
 
-def _domain_cell(name: str) -> Callable[[Row], str]:
-    return lambda row: f"{row.score.domains[name].errors.rate:.2f}" if name in row.score.domains else ""
+def _domain_cell(name: str, row: Row) -> str:
+    return f"{row.score.domains[name].errors.rate:.2f}" if name in row.score.domains else ""
 
 
 def _interval(interval: Interval | None, *, sign: str = "") -> str:
@@ -137,7 +115,7 @@ def _footnotes(table: Sequence[Row], quote: str) -> list[str]:
         notes.append(f"{quote}{signatures.pop()}{quote}")
     else:
         notes += [f"{row.system}: {quote}{row.score.signature}{quote}" for row in table]
-    if any(row.rtf is not None for row in table):
+    if any(row.score.rtf is not None for row in table):
         notes.append("RTF: seconds of compute per second of audio.")
     if any(row.against_first is not None for row in table):
         notes.append(f"vs first: WER points against {table[0].system!r}, paired bootstrap on the same utterances; p two-sided.")

@@ -105,8 +105,6 @@ class Scales:
     corpus: str
     digest: str
     utterances: int
-    wer: float | None
-    signature: str
 
 
 def tune(
@@ -125,8 +123,7 @@ def tune(
 
     search: `line`, coordinate by coordinate, each exactly (Och, ACL 2003), from the best of some 1,500 points spread over the ranges; or
     `grid`, RWTH's (paper.md 2.8), which grids the box of the best points anew and needs no more than the errors at points. groups: a name
-    per utterance, each tuned on its own too. draws: of the intervals of scales. ValueError for parts the lists lack, a relative range
-    without its base, nothing to tune.
+    per utterance, each tuned on its own too. draws: of the intervals of scales. ValueError where there is nothing to tune.
     """
     if not free or not len(lists):
         raise ValueError("there is nothing to tune: " + ("no free scale" if not free else "no utterance"))
@@ -193,17 +190,10 @@ def read_scales(path: str | Path) -> Scales:
     if not isinstance(scales, dict) or not scales:
         raise ScalesError(f'{path}: expected {{"scales": {{"ctc": 1.0, "llm": 0.4}}, ...}}')
     for name, value in scales.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        if not isinstance(value, (int, float)) or not np.isfinite(value):
             raise ScalesError(f"{path}: scale {name!r} is {value!r}, expected a finite number")
     on = data.get("tuned_on") or {}
-    return Scales(
-        {k: float(v) for k, v in scales.items()},
-        on.get("corpus", ""),
-        on.get("digest", ""),
-        on.get("utterances", 0),
-        data.get("wer"),
-        data.get("signature", ""),
-    )
+    return Scales({k: float(v) for k, v in scales.items()}, on.get("corpus", ""), on.get("digest", ""), on.get("utterances", 0))
 
 
 def same_corpus_warning(scales: Scales, *, references: Mapping[str, str]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any, Literal
 
 import kaldialign
@@ -20,7 +21,7 @@ _GAP = ""  # kaldialign's sign for nothing; words are never empty
 
 
 class ScoreError(ValueError):
-    """References and hypotheses, or two systems, cannot be compared; the message names the ids."""
+    """References and hypotheses, or two systems, cannot be compared, or lists not be tuned on; the message names the ids."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,7 @@ class Errors:
         return 100.0 * self.total / self.words if self.words else math.inf if self.total else 0.0
 
     def __add__(self, other: Errors) -> Errors:
-        return Errors(
-            self.substitutions + other.substitutions,
-            self.deletions + other.deletions,
-            self.insertions + other.insertions,
-            self.words + other.words,
-        )
+        return Errors(*map(add, vars(self).values(), vars(other).values()))
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,6 @@ class ScoredUtterance:
     """One utterance: normalized texts and their errors. group: the unit that the bootstrap draws (the speaker, or the utterance itself)."""
 
     id: str
-    domain: str | None
     group: str
     reference: str
     hypothesis: str
@@ -76,7 +71,7 @@ class Score:
 
     interval: 95%, None for fewer than two units. sentence_error_rate: percent of utterances with an error. failed: ids without a
     hypothesis, all of whose words are counted as deleted. empty_references: ids whose normalized reference has no word; the words of
-    their hypotheses are insertions.
+    their hypotheses are insertions. seconds: of compute; audio_seconds: of the speech that was recognized.
     """
 
     errors: Errors
@@ -87,6 +82,13 @@ class Score:
     failed: tuple[str, ...]
     empty_references: tuple[str, ...]
     signature: str
+    seconds: float
+    audio_seconds: float
+
+    @property
+    def rtf(self) -> float | None:
+        """Seconds of compute per second of audio; None where either is unknown."""
+        return self.seconds / self.audio_seconds if self.seconds and self.audio_seconds else None
 
     def __str__(self) -> str:
         e, interval = self.errors, f" {self.interval}" if self.interval else ""
@@ -142,50 +144,6 @@ def alignment_lines(reference: str, hypothesis: str, *, merge_compounds: bool = 
     return [(head + " ".join(cell[row] for cell in block)).rstrip() for block in blocks for row, head in enumerate(heads)]
 
 
-def score(
-    references: Mapping[str, str],
-    hypotheses: Mapping[str, str | None],
-    *,
-    normalizer: Normalizer,
-    corpus: str = "",
-    domains: Mapping[str, str] | None = None,
-    speakers: Mapping[str, str] | None = None,
-    merge_compounds: bool = False,
-    missing: Literal["refuse", "delete"] = "refuse",
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Score:
-    """The WER of hypotheses against references, both by id; a hypothesis of None is a failed utterance and counts as deleted.
-
-    speakers: the bootstrap then draws speakers, whose utterances hang together, and the interval is wider. missing: what an id without a
-    hypothesis means. ScoreError for ids that are on one side only, or that lack a domain or speaker.
-    """
-    _require_ids(references, hypotheses, "hypothesis", missing)
-    if unknown := [x for x in hypotheses if x not in references]:
-        raise ScoreError(f"{len(unknown)} hypotheses have no reference: {_some(unknown)}; is this another corpus?")
-    for name, values in (("domain", domains), ("speaker", speakers)):
-        if values is not None:
-            _require_ids(references, values, name, "refuse")
-    scored = []
-    for key, raw in references.items():
-        text = hypotheses.get(key)
-        ours, theirs = normalizer(raw), normalizer(text or "")
-        errors = count_errors(ours, theirs, merge_compounds=merge_compounds)
-        domain, group = domains[key] if domains else None, speakers[key] if speakers else key
-        scored.append(ScoredUtterance(key, domain, group, ours, theirs, errors, text is None))
-    facts = {
-        "norm": normalizer,
-        "align": f"kaldialign@{kaldialign.__version__}",
-        "compounds": "merged" if merge_compounds else "apart",
-        "corpus": corpus.replace("|", "/") or "?",
-        "utts": len(scored),
-        "boot": f"{draws}x{'utterance' if speakers is None else 'speaker'}@{seed}",
-        "duolect": source(),
-    }
-    signature = "|".join(f"{name}:{value}" for name, value in facts.items())
-    return _summed(scored, signature=signature, draws=draws, seed=seed)
-
-
 def score_recognized(
     recognized: Iterable[Recognized],
     *,
@@ -193,37 +151,61 @@ def score_recognized(
     corpus: str = "",
     unit: Literal["utterance", "speaker"] = "utterance",
     merge_compounds: bool = False,
-    draws: int = DRAWS,
-    seed: int = 0,
 ) -> Score:
-    """The WER of the lines of a hypotheses file, with domain and speaker as the lines have them."""
-    lines = list(recognized)
-    by_id: dict[str, Recognized] = {}
-    for line in lines:
-        if line.id in by_id:
+    """The WER of the lines of a hypotheses file, with domain and speaker as the lines have them; failed ones count as deleted.
+
+    unit: what the bootstrap draws; the utterances of a speaker hang together, so their interval is wider. ScoreError for an id twice, a
+    line without reference or, where speakers are drawn, without speaker.
+    """
+    lines: dict[str, Recognized] = {}
+    for line in recognized:
+        if line.id in lines:
             raise ScoreError(f"id {line.id!r} stands twice in the hypotheses; a WER over it would count the utterance twice")
-        by_id[line.id] = line
-    if without := [k for k, x in by_id.items() if not isinstance(x.fields.get("text"), str)]:
-        raise ScoreError(f"{len(without)} of {len(by_id)} lines have no reference in their field 'text': {_some(without)}")
-    with_domain = {k: str(x.fields["domain"]) for k, x in by_id.items() if x.fields.get("domain") is not None}
-    speakers = {k: str(x.fields["speaker"]) for k, x in by_id.items() if x.fields.get("speaker") is not None}
-    return score(
-        {k: x.fields["text"] for k, x in by_id.items()},
-        {k: None if x.error is not None else x.text for k, x in by_id.items()},
-        normalizer=normalizer,
-        corpus=corpus,
-        merge_compounds=merge_compounds,
-        draws=draws,
-        seed=seed,
-        domains={k: with_domain.get(k, "other") for k in by_id} if with_domain else None,
-        speakers=speakers if unit == "speaker" else None,
+        lines[line.id] = line
+    if without := [k for k, x in lines.items() if not isinstance(x.fields.get("text"), str)]:
+        raise ScoreError(f"{len(without)} of {len(lines)} lines have no reference in their field 'text': {_some(without)}")
+    if unit == "speaker" and (without := [k for k, x in lines.items() if x.fields.get("speaker") is None]):
+        raise ScoreError(f"{len(without)} of {len(lines)} utterances have no speaker: {_some(without)}")
+    scored, domains = [], dict[str, list[ScoredUtterance]]()
+    for key, line in lines.items():
+        failed = line.error is not None
+        ours, theirs = normalizer(line.fields["text"]), normalizer("" if failed else line.text)
+        errors = count_errors(ours, theirs, merge_compounds=merge_compounds)
+        group = str(line.fields["speaker"]) if unit == "speaker" else key
+        scored.append(ScoredUtterance(key, group, ours, theirs, errors, failed))
+        domain = line.fields.get("domain")
+        domains.setdefault("other" if domain is None else str(domain), []).append(scored[-1])
+    facts = {
+        "norm": normalizer,
+        "align": f"kaldialign@{kaldialign.__version__}",
+        "compounds": "merged" if merge_compounds else "apart",
+        "corpus": corpus.replace("|", "/") or "?",
+        "utts": len(scored),
+        "boot": f"{DRAWS}x{unit}@0",
+        "duolect": source(),
+    }
+    if not any(line.fields.get("domain") is not None for line in lines.values()):
+        domains = {}
+    return Score(
+        errors=sum((x.errors for x in scored), Errors()),
+        interval=_interval(scored),
+        sentence_error_rate=100.0 * sum(x.errors.total > 0 or x.failed for x in scored) / max(1, len(scored)),
+        domains={
+            name: DomainScore(sum((x.errors for x in part), Errors()), _interval(part), len(part)) for name, part in sorted(domains.items())
+        },
+        utterances=tuple(scored),
+        failed=tuple(x.id for x in scored if x.failed),
+        empty_references=tuple(x.id for x in scored if not x.reference),
+        signature="|".join(f"{name}:{value}" for name, value in facts.items()),
+        seconds=sum(x.seconds for x in lines.values()),
+        audio_seconds=sum(float(x.fields.get("duration") or 0.0) for x in lines.values() if x.error is None),
     )
 
 
-def compare(baseline: Score, other: Score, *, draws: int = DRAWS, seed: int = 0) -> Comparison:
+def compare(baseline: Score, other: Score) -> Comparison:
     """The paired bootstrap of two systems on the same utterances (Bisani and Ney 2004): both are drawn together.
 
-    ScoreError unless both were scored on the same ids with the same references, normalizer and bootstrap unit.
+    ScoreError unless both were scored on the same ids with the same references.
     """
     ours, theirs = ({x.id: x for x in s.utterances} for s in (baseline, other))
     if ours.keys() != theirs.keys():
@@ -232,9 +214,6 @@ def compare(baseline: Score, other: Score, *, draws: int = DRAWS, seed: int = 0)
             f"the systems were not scored on the same utterances: {len(only[0])} only in the first ({_some(only[0])}), "
             f"{len(only[1])} only in the second ({_some(only[1])})"
         )
-    rules = [tuple(x for x in s.signature.split("|") if x.startswith(("norm:", "align:", "compounds:"))) for s in (baseline, other)]
-    if rules[0] != rules[1]:
-        raise ScoreError(f"the systems were not scored by the same rules: {'|'.join(rules[0])} != {'|'.join(rules[1])}; score both again")
     if changed := [k for k, x in ours.items() if (x.reference, x.group) != (theirs[k].reference, theirs[k].group)]:
         raise ScoreError(f"{len(changed)} utterances have another reference or bootstrap unit in the second system: {_some(changed)}")
     pairs = np.array([(x.errors.total, theirs[k].errors.total, x.errors.words) for k, x in ours.items()], np.int64).reshape(-1, 3)
@@ -243,7 +222,7 @@ def compare(baseline: Score, other: Score, *, draws: int = DRAWS, seed: int = 0)
     units = _by_group([x.group for x in ours.values()], pairs)
     if len(units) < 2 or not words:
         return Comparison(difference, None, 1.0, 0.5)
-    sums = resampled_sums(units, draws=draws, seed=seed)
+    sums = resampled_sums(units)
     sums = sums[sums[:, 2] > 0]
     changes = 100.0 * (sums[:, 1] - sums[:, 0]) / sums[:, 2]
     # Counted from the side of 0, with the sample itself as one more draw, so p is never 0 (Davison and Hinkley 1997, 4.2).
@@ -252,57 +231,31 @@ def compare(baseline: Score, other: Score, *, draws: int = DRAWS, seed: int = 0)
     return Comparison(difference, percentiles(changes), float(min(1.0, 2 * tail)), float(better / len(changes)))
 
 
-def score_json(result: Score, *, utterances: Literal["none", "errors", "all"] = "none") -> dict[str, Any]:
-    """A Score as JSON values; `utterances` adds those with errors, or all."""
+def score_json(result: Score) -> dict[str, Any]:
+    """A Score as JSON values."""
 
     def of(e: Errors, interval: Interval | None) -> dict[str, Any]:
         return {
             "wer": e.rate if math.isfinite(e.rate) else None,
-            "interval": [interval.low, interval.high] if interval else None,
+            "interval": interval and [interval.low, interval.high],
             "substitutions": e.substitutions,
             "deletions": e.deletions,
             "insertions": e.insertions,
             "words": e.words,
         }
 
-    data = {
+    return {
         **of(result.errors, result.interval), "sentence_error_rate": result.sentence_error_rate, "utterances": len(result.utterances),
         "failed": list(result.failed), "empty_references": list(result.empty_references), "signature": result.signature,
         "domains": {k: {**of(d.errors, d.interval), "utterances": d.utterances} for k, d in result.domains.items()},
+        "seconds": result.seconds or None, "audio_seconds": result.audio_seconds, "rtf": result.rtf,
     }  # fmt: skip
-    if utterances != "none":
-        data["scored"] = [
-            {"id": u.id, "reference": u.reference, "hypothesis": u.hypothesis, "failed": u.failed, **of(u.errors, None)}
-            for u in result.utterances if utterances == "all" or u.errors.total or u.failed
-        ]  # fmt: skip
-    return data
 
 
-def _summed(scored: Sequence[ScoredUtterance], *, signature: str, draws: int, seed: int) -> Score:
-    by_domain: dict[str, list[ScoredUtterance]] = {}
-    for x in scored:
-        if x.domain is not None:
-            by_domain.setdefault(x.domain, []).append(x)
-    wrong = sum(x.errors.total > 0 or x.failed for x in scored)
-    return Score(
-        errors=sum((x.errors for x in scored), Errors()),
-        interval=_interval(scored, draws=draws, seed=seed),
-        sentence_error_rate=100.0 * wrong / len(scored) if scored else 0.0,
-        domains={
-            name: DomainScore(sum((x.errors for x in part), Errors()), _interval(part, draws=draws, seed=seed), len(part))
-            for name, part in sorted(by_domain.items())
-        },
-        utterances=tuple(scored),
-        failed=tuple(x.id for x in scored if x.failed),
-        empty_references=tuple(x.id for x in scored if not x.reference),
-        signature=signature,
-    )
-
-
-def _interval(scored: Sequence[ScoredUtterance], *, draws: int, seed: int) -> Interval | None:
+def _interval(scored: Sequence[ScoredUtterance]) -> Interval | None:
     counts = np.array([(x.errors.total, x.errors.words) for x in scored], np.int64).reshape(-1, 2)
     units = _by_group([x.group for x in scored], counts)
-    return rate_interval(units[:, 0], units[:, 1], draws=draws, seed=seed)
+    return rate_interval(units[:, 0], units[:, 1])
 
 
 def _by_group(groups: Sequence[str], counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -312,13 +265,6 @@ def _by_group(groups: Sequence[str], counts: NDArray[np.int64]) -> NDArray[np.in
     sums = np.zeros((len(place), counts.shape[1]), np.int64)
     np.add.at(sums, [place[name] for name in groups], counts)
     return sums
-
-
-def _require_ids(references: Mapping[str, str], values: Mapping[str, Any], name: str, missing: Literal["refuse", "delete"]) -> None:
-    absent = [x for x in references if x not in values]
-    if absent and missing == "refuse":
-        hint = "; count them as deleted with missing='delete'" if name == "hypothesis" else ""
-        raise ScoreError(f"{len(absent)} of {len(references)} utterances have no {name}: {_some(absent)}{hint}")
 
 
 def _some(ids: Sequence[str]) -> str:

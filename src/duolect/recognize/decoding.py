@@ -222,7 +222,7 @@ class Ctc(Term):
     hears_ctc: ClassVar[bool] = True
     scale: float = 1.0
     when: Schedule = field(default_factory=EveryLabel)
-    policy: TextPolicy = field(default_factory=lambda: TextPolicy(case="lower", punctuation="drop"))
+    policy: TextPolicy = field(default_factory=lambda: WRITTEN["lower"])
     otherwise: Schedule | None = field(default_factory=lambda: EveryLabel(lookahead=False))  # it hears words, and cannot look ahead of them
     model: str = ""
     collapse: float | None = None
@@ -408,15 +408,12 @@ class LabelSynchronous(Decoding):
         return any(term.hears_ctc for term in self.terms.values())
 
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
-        lead = next(iter(self.terms), None)
-        if lead is None:
-            raise SearchError(
-                "a label-synchronous decoding without terms has nothing to propose labels: give it an Attention or Language term"
-            )
-        first = self.terms[lead].native(batch)
-        vocabulary = first.vocabulary
-        fused = {name: term.fused(batch, vocabulary) for name, term in self.terms.items() if name != lead}
-        fused = {lead: Fused(scorer=first, scale=self.terms[lead].scale, when=self.terms[lead].when), **fused}
+        if not self.terms:
+            raise SearchError("a label-synchronous decoding without terms has none to propose labels: give it an Attention term first")
+        (lead, term), *others = self.terms.items()
+        first = term.native(batch)
+        fused = {lead: Fused(scorer=first, scale=term.scale, when=term.when)}
+        fused |= {name: other.fused(batch, first.vocabulary) for name, other in others}
         return label_beam_search(
             fused,
             len(batch.audios),

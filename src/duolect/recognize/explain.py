@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import kaldialign
 import torch
 
-from duolect.recognize.decoding import Batch, Decoding, Language, Term, reduced
+from duolect.recognize.decoding import WRITTEN, Batch, Decoding, Language, Term, reduced
 from duolect.scorer import Hypothesis, Scorer
 from duolect.search.fusion import ByWord, TextPolicy
 from duolect.search.prefix import CtcPrefix
@@ -20,7 +20,7 @@ from duolect.vocabulary import Vocabulary
 _GAP = ""  # kaldialign's sign for nothing
 END, SEARCH, WHOLE = "(end)", "(search)", "(whole)"
 """Rows behind the words: the end of the text; what the search counted otherwise; scorers of which only the whole is known."""
-_PLAIN = TextPolicy(case="lower", punctuation="drop")
+_PLAIN = WRITTEN["lower"]
 Parts = Mapping[str, float]
 
 
@@ -55,11 +55,8 @@ class Row:
 
 def summed(rows: Sequence[Row]) -> Row:
     """The parts and differences of some rows added up."""
-    columns = (
-        {name: sum(getattr(row, part)[name] for row in rows) for name in rows[0].difference}
-        for part in ("parts_a", "parts_b", "difference")
-    )
-    return Row("", "", *columns)
+    columns = ("parts_a", "parts_b", "difference")
+    return Row("", "", *({name: sum(getattr(row, part)[name] for row in rows) for name in rows[0].difference} for part in columns))
 
 
 @dataclass(frozen=True)
@@ -77,15 +74,6 @@ class Explanation:
         return tuple(self.rows[-1].difference)
 
     @property
-    def by_scorer(self) -> Parts:
-        """The scaled difference each scorer made over all rows."""
-        return summed(self.rows).difference
-
-    def totals(self, side: Literal["a", "b"]) -> Parts:
-        """Each scorer's part of one hypothesis over all rows, unscaled."""
-        return getattr(summed(self.rows), f"parts_{side}")
-
-    @property
     def difference(self) -> float:
         """Score A - score B."""
         return summed(self.rows).total
@@ -101,8 +89,7 @@ class Explanation:
         who = max(gains[best], key=lambda name: gains[best][name])
         text = f"{winner} wins by {abs(self.difference):.2f}: {_called(places[best], ahead)} {sum(gains[best].values()):+.2f}"
         text += f", of which {who} {gains[best][who]:+.2f}" if len(self.names) > 1 else ""
-        total = {name: sign * x for name, x in self.by_scorer.items()}
-        turned = [name for name, x in total.items() if x > abs(self.difference)]
+        turned = [name for name, x in summed(self.rows).difference.items() if sign * x > abs(self.difference)]
         if turned and len(self.names) > 1:
             text += f"; without {' or '.join(turned)}, {loser} would win"
         return text
@@ -113,14 +100,13 @@ class Explanation:
         def finite(parts: Parts) -> dict[str, float | None]:
             return {k: round(v, 5) if math.isfinite(v) else None for k, v in parts.items()}
 
-        rows = [
-            {"a": r.a, "b": r.b, "parts_a": finite(r.parts_a), "parts_b": finite(r.parts_b), "difference": finite(r.difference)}
-            for r in self.rows
-        ]
+        columns = ("parts_a", "parts_b", "difference")
+        rows = [{"a": row.a, "b": row.b, **{name: finite(getattr(row, name)) for name in columns}} for row in self.rows]
         two = {name: {"text": h.text, "labels": list(h.labels), "parts": finite(h.parts)} for name, h in (("a", self.a), ("b", self.b))}
-        total = finite({"difference": self.difference})
-        return {**two, "scales": dict(self.scales), "rows": rows, "by_scorer": finite(self.by_scorer), **total, "verdict": self.verdict,
-                "notes": list(self.notes)}  # fmt: skip
+        return {
+            **two, "scales": dict(self.scales), "rows": rows, "by_scorer": finite(summed(self.rows).difference),
+            **finite({"difference": self.difference}), "verdict": self.verdict, "notes": list(self.notes),
+        }  # fmt: skip
 
 
 def scorers_of(decoding: Decoding, batch: Batch, rescored: Mapping[str, Language] | None = None) -> Scorers:
@@ -162,7 +148,14 @@ def explained(a: Hypothesis, b: Hypothesis, *, scorers: Scorers, scales: Mapping
     texts = [_texts(h.labels, span, scorers.vocabulary) for h, span in zip(both, spans, strict=True)]
     wholes = [name for name in a.parts if name in b.parts and name not in scorers.by_name]
     names = [*scorers.by_name, *wholes]
-    row = _RowMaker(names, scales)
+    used = {name: scales.get(name, 0.0) for name in names}
+
+    def row(a: str, b: str, *parts: Parts) -> Row:
+        ours, theirs = ({name: x.get(name, 0.0) for name in names} for x in parts)
+        # Also -inf against -inf, or times a scale of 0, is no difference.
+        change = {name: x * (ours[name] - theirs[name]) if x and ours[name] != theirs[name] else 0.0 for name, x in used.items()}
+        return Row(a, b, ours, theirs, change)
+
     rows, at = [], [0, 0]
     for pair in kaldialign.align(texts[0], texts[1], _GAP):
         given = []
@@ -184,23 +177,9 @@ def explained(a: Hypothesis, b: Hypothesis, *, scorers: Scorers, scales: Mapping
         notes.append(f"{', '.join(wholes)}: no part of the decoding, known of whole hypotheses only; --lm names the model of one")
     if unknown := [name for name in a.parts if name not in names]:
         notes.append(f"{', '.join(unknown)}: not known of B, left out; --lm names the model of one")
-    if silent := [name for name in names if not scales.get(name)]:
+    if silent := [name for name, scale in used.items() if not scale]:
         notes.append(f"{', '.join(silent)}: has no scale here and counts nothing; --scales names a file with one")
-    return Explanation(both[0], both[1], {name: scales.get(name, 0.0) for name in names}, rows, notes)
-
-
-@dataclass(frozen=True)
-class _RowMaker:
-    names: Sequence[str]
-    scales: Mapping[str, float]
-
-    def __call__(self, a: str, b: str, parts_a: Parts, parts_b: Parts) -> Row:
-        ours, theirs = ({name: parts.get(name, 0.0) for name in self.names} for parts in (parts_a, parts_b))
-        return Row(a, b, ours, theirs, {name: self._scaled(name, ours[name], theirs[name]) for name in self.names})
-
-    def _scaled(self, name: str, ours: float, theirs: float) -> float:
-        scale = self.scales.get(name, 0.0)
-        return scale * (ours - theirs) if scale and ours != theirs else 0.0
+    return Explanation(both[0], both[1], used, rows, notes)
 
 
 def _words(labels: Sequence[int], vocabulary: Vocabulary) -> list[int]:
@@ -250,9 +229,7 @@ def _rest(h: Hypothesis, pieces: Mapping[str, Sequence[float]], acoustic: str | 
         gap = h.parts[name] - total
         rest[name] = gap if abs(gap) > 1e-3 else 0.0
         if not math.isfinite(gap) or (abs(gap) > 0.05 and (name != acoustic or gap > 0)):
-            strange.append(
-                f"{name} {h.parts[name]:.2f} in the file, {total:.2f} by the models here (another model, prompt, precision, audio?)"
-            )
+            strange.append(f"{name} {h.parts[name]:.2f} in the file, {total:.2f} by the models here (another model, prompt, audio?)")
     return rest, strange
 
 

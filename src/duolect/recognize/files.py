@@ -39,10 +39,8 @@ def decode_to_files(
     wanted = {name: {**settings_of(recognizer, name), "keep": keep} for name in outs}
     parts = {name: Path(f"{out}.part") for name, out in outs.items()}
     if others := [part for name, part in parts.items() if part.is_file() and part.stat().st_size and _header(part) != wanted[name]]:
-        more = f" (as are {len(others) - 1} more beside it)" if len(others) > 1 else ""
-        raise ResumeError(
-            f"{others[0]} is an unfinished run of another decoding, model or setting{more}: delete it, or name another output"
-        )
+        names = ", ".join(map(str, others[:3])) + (", ..." if others[3:] else "")
+        raise ResumeError(f"unfinished runs of another decoding, model or setting: {names}: delete them, or name another output")
     known = {name: _done(part, utterances) for name, part in parts.items()}
     for name, part in parts.items():
         write_json(f"{part}.json", wanted[name])
@@ -69,6 +67,19 @@ def decode_to_files(
     return ordered
 
 
+def decoded_once(
+    recognizer: Recognizer, utterances: Sequence[Utterance], outs: Mapping[str, Path], *, progress: bool = True
+) -> dict[str, list[Recognized]]:
+    """As `decode_to_files`, but a finished file of these utterances is not made again. All is read from the files, where numbers are
+    rounded: whoever goes on finds the same ones."""
+    ids = [u.id for u in utterances]
+    missing = {name: out for name, out in outs.items() if not out.is_file() or [r.id for r in read_hypotheses(out)] != ids}
+    if missing:
+        rest = replace(recognizer, decodings={name: recognizer.decodings[name] for name in missing})
+        decode_to_files(rest, utterances, missing, progress=progress)
+    return {name: list(read_hypotheses(out)) for name, out in outs.items()}
+
+
 def settings_of(recognizer: Recognizer, name: str) -> dict[str, Any]:
     """All that the results of a decoding depend on beside the audio, as JSON values."""
     decoding = recognizer.decodings[name]
@@ -80,11 +91,6 @@ def read_settings(hypotheses: Path) -> dict[str, Any]:
     """What `settings_of` said of the decoding that made a hypotheses file, and what `duolect rescore` added; empty where nobody knows."""
     found = _header(hypotheses)
     return found if isinstance(found, dict) else {}
-
-
-def write_settings(hypotheses: Path, settings: Mapping[str, Any]) -> None:
-    """Puts beside a hypotheses file what made it."""
-    write_json(f"{hypotheses}.json", settings)
 
 
 def _header(part: Path) -> Any:

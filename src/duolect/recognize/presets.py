@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from duolect.config import ConfigError, from_json, registered, with_overrides
+from duolect.config import ConfigError, from_json, with_overrides
 from duolect.recognize.decoding import (
     Attention,
     Context,
@@ -36,7 +36,6 @@ DEFAULT_SCALES: Mapping[str, Mapping[str, float]] = {
 """Where nothing was tuned: between the paper's optimum (0.43, -0.27) and what untuned LLMs got there."""
 
 
-@registered
 @dataclass(frozen=True)
 class Ingredients:
     """What the named decodings are made of. scales: by combination (`llm`, `llm+prior`, `unit`, ...), the acoustic part's being 1.
@@ -52,8 +51,7 @@ class Ingredients:
     prior: str = "softmax"
     beam: int = 8
     nbest: int = 20
-    aed_beam: int = 4
-    sllm_beam: int = 4
+    label_beam: int = 4
     interval: int = 20
     scales: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: DEFAULT_SCALES)
     context: Mapping[str, float] = field(default_factory=dict)
@@ -100,20 +98,22 @@ def _both(x: Ingredients) -> Decoding:
     return TimeSynchronous(x.beam, {"unit": unit, **_llms(x, scales, EveryLabel(), Every(x.interval))})
 
 
-def _joint_label(x: Ingredients) -> Decoding:
-    aed = Attention(x.aed, x.scales["aed"]["aed"], EveryLabel())
-    return LabelSynchronous({"aed": aed, "ctc": Ctc(1.0, EveryLabel())}, x.aed_beam)
+def _hears(x: Ingredients, part: str, *, scaled: bool = True, when: Schedule | None = None) -> dict[str, Term]:
+    """The model that hears the audio itself: part `aed` or `sllm`."""
+    scale = x.scales[part][part] if scaled else 1.0
+    return {part: Attention({"aed": x.aed, "sllm": x.speech_llm}[part], scale, when or EveryLabel())}
 
 
-def _sllm(x: Ingredients, beam: int, *, exponent: float = 0.0, joint: bool = False) -> Decoding:
-    terms: dict[str, Term] = {"sllm": Attention(x.speech_llm, x.scales["sllm"]["sllm"] if joint else 1.0)}
-    if joint:
-        terms["ctc"] = Ctc()
-    return LabelSynchronous(terms, beam, length_exponent=exponent)
+def _alone(x: Ingredients, part: str, beam: int | None = None, *, exponent: float = 0.0) -> Decoding:
+    return LabelSynchronous(_hears(x, part, scaled=False), beam or x.label_beam, length_exponent=exponent)
 
 
-def _sllm_fused(x: Ingredients, when: Schedule, beam: int) -> Decoding:
-    return TimeSynchronous(beam, {"sllm": Attention(x.speech_llm, x.scales["sllm"]["sllm"], when)})
+def _joint(x: Ingredients, part: str) -> Decoding:
+    return LabelSynchronous({**_hears(x, part), "ctc": Ctc()}, x.label_beam)
+
+
+def _timed(x: Ingredients, part: str, when: Schedule, beam: int) -> Decoding:
+    return TimeSynchronous(beam, _hears(x, part, when=when))
 
 
 @dataclass(frozen=True)
@@ -141,30 +141,20 @@ PRESETS: Mapping[str, Preset] = {
     "labelwise": Preset("CTC + unit LM, label-wise", lambda x: _unit(x, EveryLabel(), x.beam), "unit"),
     "labelwise-prior": Preset("CTC + unit LM - prior, label-wise", lambda x: _unit(x, EveryLabel(), x.beam, prior=True), "unit+prior"),
     "labelwise-delayed": Preset("CTC + unit LM label-wise + LLM delayed", _both, "unit+llm"),
-    "aed-greedy": Preset("AED greedy", lambda x: LabelSynchronous({"aed": Attention(x.aed)}, 1)),
-    "aed": Preset("AED beam", lambda x: LabelSynchronous({"aed": Attention(x.aed)}, x.aed_beam, length_exponent=1.0)),
-    "aed+ctc-rescore": Preset(
-        "CTC + AED, n-best rescoring", lambda x: TimeSynchronous(x.nbest, {"aed": Attention(x.aed, x.scales["aed"]["aed"], AtEnd())}), "aed"
-    ),
-    "aed+ctc-time": Preset(
-        "AED + CTC, time-synchronous",
-        lambda x: TimeSynchronous(x.beam, {"aed": Attention(x.aed, x.scales["aed"]["aed"], Every(x.interval))}),
-        "aed",
-    ),
-    "aed+ctc-label": Preset("AED + CTC, label-synchronous", _joint_label, "aed"),
-    "sllm-greedy": Preset("Speech LLM greedy", lambda x: _sllm(x, 1), needs="speech_llm"),
-    "sllm-draft": Preset("Speech LLM greedy, CTC as draft", lambda x: Speculative({"sllm": Attention(x.speech_llm)}), needs="speech_llm"),
-    "sllm": Preset("Speech LLM beam", lambda x: _sllm(x, x.sllm_beam), needs="speech_llm"),
-    "sllm-length": Preset("Speech LLM beam, length norm", lambda x: _sllm(x, x.sllm_beam, exponent=1.0), needs="speech_llm"),
-    "sllm+ctc-rescore": Preset(
-        "CTC + speech LLM, n-best rescoring", lambda x: _sllm_fused(x, AtEnd(), x.nbest), "sllm", needs="speech_llm"
-    ),
+    "aed-greedy": Preset("AED greedy", lambda x: _alone(x, "aed", 1)),
+    "aed": Preset("AED beam", lambda x: _alone(x, "aed", exponent=1.0)),
+    "aed+ctc-rescore": Preset("CTC + AED, n-best rescoring", lambda x: _timed(x, "aed", AtEnd(), x.nbest), "aed"),
+    "aed+ctc-time": Preset("AED + CTC, time-synchronous", lambda x: _timed(x, "aed", Every(x.interval), x.beam), "aed"),
+    "aed+ctc-label": Preset("AED + CTC, label-synchronous", lambda x: _joint(x, "aed"), "aed"),
+    "sllm-greedy": Preset("Speech LLM greedy", lambda x: _alone(x, "sllm", 1), needs="speech_llm"),
+    "sllm-draft": Preset("Speech LLM greedy, CTC as draft", lambda x: Speculative(_hears(x, "sllm", scaled=False)), needs="speech_llm"),
+    "sllm": Preset("Speech LLM beam", lambda x: _alone(x, "sllm"), needs="speech_llm"),
+    "sllm-length": Preset("Speech LLM beam, length norm", lambda x: _alone(x, "sllm", exponent=1.0), needs="speech_llm"),
+    "sllm+ctc-rescore": Preset("CTC + speech LLM, n-best rescoring", lambda x: _timed(x, "sllm", AtEnd(), x.nbest), "sllm", "speech_llm"),
     "sllm+ctc-time": Preset(
-        "Speech LLM + CTC, time-synchronous", lambda x: _sllm_fused(x, Every(x.interval), x.beam), "sllm", needs="speech_llm"
+        "Speech LLM + CTC, time-synchronous", lambda x: _timed(x, "sllm", Every(x.interval), x.beam), "sllm", "speech_llm"
     ),
-    "sllm+ctc-label": Preset(
-        "Speech LLM + CTC, label-synchronous", lambda x: _sllm(x, x.sllm_beam, joint=True), "sllm", needs="speech_llm"
-    ),
+    "sllm+ctc-label": Preset("Speech LLM + CTC, label-synchronous", lambda x: _joint(x, "sllm"), "sllm", "speech_llm"),
 }
 
 FUSIONS: Mapping[str, Preset] = {
@@ -193,9 +183,8 @@ def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[
     else:
         raise ConfigError(f"there is no decoding {name_or_file!r}: name a JSON file or one of {', '.join(PRESETS)}")
     if not isinstance(decoding, Decoding):
-        raise ConfigError(
-            f"{name_or_file}: {type(decoding).__name__} is no decoding: expected Greedy, TimeSynchronous, LabelSynchronous or Speculative"
-        )
+        kinds = ", ".join(kind.__name__ for kind in (Greedy, TimeSynchronous, LabelSynchronous, Speculative))
+        raise ConfigError(f"{name_or_file}: {type(decoding).__name__} is no decoding: expected one of {kinds}")
     if ingredients.context and isinstance(decoding, TimeSynchronous | LabelSynchronous):
         context = Context(ingredients.context, ingredients.context_scale)
         decoding = replace(decoding, terms={**decoding.terms, "context": context})

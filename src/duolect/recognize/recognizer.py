@@ -20,16 +20,15 @@ from duolect.data.utterance import Utterance, load_audio
 from duolect.models import ModelError
 from duolect.models.ctc import AcousticModel, CtcOutput
 from duolect.models.priors import PriorError
-from duolect.recognize.decoding import Batch, Decoding
+from duolect.recognize.decoding import WRITTEN, Batch, Decoding
 from duolect.recognize.models import Models
 from duolect.scorer import Hypothesis, Recognized
 from duolect.search.align import Word, align, pauses, words
-from duolect.search.fusion import SearchError, TextPolicy
+from duolect.search.fusion import SearchError
 from duolect.vocabulary import VocabularyError
 
 SEGMENT_SECONDS = 28.0
 """Longer recordings are searched in segments: an AED hears 30 s at most, and a language model remembers only so much."""
-_PLAIN = TextPolicy(case="lower", punctuation="drop")
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def timed_words(hypothesis: Hypothesis, segment: Segment, model: AcousticModel) 
     vocabulary, spelled = model.vocabulary, hypothesis.text.split()
     assert vocabulary.blank is not None
     known = all(0 <= y < vocabulary.size for y in hypothesis.labels) and vocabulary.decode(hypothesis.labels) == hypothesis.text
-    plain = spelled if known else [_PLAIN(word, first=False) for word in spelled]
+    plain = spelled if known else [WRITTEN["lower"](word, first=False) for word in spelled]
     labels = hypothesis.labels if known else vocabulary.encode(" ".join(filter(None, plain)))
     aligned, found = align(segment.log_probs, labels, blank=vocabulary.blank), list[Word]()
     if aligned is None:

@@ -18,7 +18,7 @@ from duolect.evaluate.table import Row, rows
 from duolect.evaluate.tune import Tuned, tune, write_scales
 from duolect.evaluate.wer import Score, score_recognized
 from duolect.recognize.decoding import Decoding, Greedy, Language, Prior, Term, TimeSynchronous, policy_of
-from duolect.recognize.files import decode_to_files
+from duolect.recognize.files import decoded_once
 from duolect.recognize.models import Models
 from duolect.recognize.recognizer import Recognizer
 from duolect.run import write_json
@@ -59,7 +59,6 @@ class _Study:
     models: Models
     out: Path
     scores: dict[str, Score] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def same(self, lm: str) -> bool:
         """Whether a language model's labels are the CTC model's."""
@@ -75,10 +74,8 @@ class _Study:
     def lists(self, corpus: str, utterances: Sequence[Utterance]) -> list[Recognized]:
         """The corpus' n-best lists with the part of every language model and prior; what is in the file already is not computed again."""
         path, study = self.out / f"{corpus}.jsonl", self.study
-        found = list(read_hypotheses(path)) if path.is_file() else []
-        if [line.id for line in found] != [u.id for u in utterances]:
-            recognizer = Recognizer(self.models, study.am, {"lists": TimeSynchronous(study.nbest)})
-            found = decode_to_files(recognizer, utterances, {"lists": path})["lists"]
+        recognizer = Recognizer(self.models, study.am, {"lists": TimeSynchronous(study.nbest)})
+        found = decoded_once(recognizer, utterances, {"lists": path})["lists"]
         for name, scorer, labels in self._scorers():
             if all(name in h.parts for line in found for h in line.nbest):
                 continue
@@ -105,11 +102,9 @@ class _Study:
                 found.append((f"llm {lm}", prior, labels))
         return found
 
-    def add(self, title: str, lines: Sequence[Recognized], *, timed: bool = True) -> None:
+    def add(self, title: str, lines: Sequence[Recognized]) -> None:
         """A line of the table."""
         self.scores[title] = score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=Path(self.study.test).stem)
-        if timed:
-            self.seconds[title] = sum(r.seconds for r in lines)
 
     def tuned(self, lm: str, kind: str, lists: Sequence[Recognized], utterances: Sequence[Utterance]) -> tuple[Tuned, Tuned]:
         """The scales of a language model and a prior for rescoring and for one pass, that of CTC being 1; also written to files.
@@ -165,11 +160,7 @@ class _Study:
         """What decodings make of utterances, by title; what is in files already is not made again."""
         # Other scales make another decoding: its file's name says so, and what was decoded by older ones is left alone.
         files = {t: self.out / "hypotheses" / f"{_file(t)}-{digest(decoding)[:6]}.jsonl" for t, decoding in decodings.items()}
-        known = {title: list(read_hypotheses(path)) for title, path in files.items() if path.is_file()}
-        missing = {t: path for t, path in files.items() if [r.id for r in known.get(t, ())] != [u.id for u in utterances]}
-        if missing:
-            decode_to_files(Recognizer(self.models, self.study.am, {title: decodings[title] for title in missing}), utterances, missing)
-        return {title: list(read_hypotheses(path)) for title, path in files.items()}
+        return decoded_once(Recognizer(self.models, self.study.am, decodings), utterances, files)
 
 
 def measured(study: FusionStudy, out: Path, models: Models) -> tuple[Row, ...]:
@@ -184,24 +175,23 @@ def measured(study: FusionStudy, out: Path, models: Models) -> tuple[Row, ...]:
             raise ValueError(f"{source}: no utterance has a transcript, so nothing can be compared")
     if both := {u.id for u in heard["tune"]} & {u.id for u in heard["test"]}:
         raise ValueError(
-            f"{len(both)} utterances, such as {min(both)}, are in {study.tune} and in {study.test}: scales need speech of their own"
+            f"{len(both)} utterances (as {min(both)}) are in {study.tune} and in {study.test}: scales need speech of their own"
         )
     lists = {name: work.lists(name, utterances) for name, utterances in heard.items()}
     chosen: dict[str, Decoding] = {"CTC greedy": Greedy(), f"CTC beam {study.beam}": TimeSynchronous(study.beam)}
-    found = work.decoded(chosen, heard["test"])
-    for title, lines in found.items():
+    for title, lines in work.decoded(chosen, heard["test"]).items():
         work.add(title, lines)
     for lm in study.lms:
         tuned = {kind: work.tuned(lm, kind, lists["tune"], heard["tune"]) for kind in work.kinds(lm)}
         for kind, (scales, _) in tuned.items():
-            best = [replace(line, nbest=tuple(ranked(line.nbest, scales.scales))) for line in lists["test"]]
-            work.add(f"{_with(lm, kind)}, {study.nbest}-best rescoring", best, timed=False)
+            # Its time is not known: scores of all models lie in one file.
+            best = [replace(line, nbest=tuple(ranked(line.nbest, scales.scales)), seconds=0.0) for line in lists["test"]]
+            work.add(f"{_with(lm, kind)}, {study.nbest}-best rescoring", best)
         passed = {kind: scales for kind, (_, scales) in tuned.items()}
         decodings = work.one_pass(lm, passed, min(passed, key=lambda kind: passed[kind].cross_validated or passed[kind].wer))
         for title, lines in work.decoded(decodings, heard["test"]).items():
             work.add(title, lines)
-    audio = sum(float(r.fields.get("duration") or 0.0) for r in found["CTC greedy"])
-    return rows(work.scores, seconds=work.seconds, audio_seconds=audio)
+    return rows(work.scores)
 
 
 def _both(line: Recognized, other: Recognized, names: Mapping[str, str]) -> Recognized:
@@ -219,14 +209,12 @@ def _same_models(study: FusionStudy, out: Path) -> None:
         files = [x for x in (place, *place.glob("*")) if x.is_file()]
         return [str(place.resolve()) if files else name, max((x.stat().st_mtime_ns for x in files), default=0)]
 
-    path, new = (
-        out / "models.json",
-        {"--am": state(study.am), **{f"--lm {x}": state(y) for x, y in study.lms.items()}, "--nbest": study.nbest},
-    )
+    path = out / "models.json"
+    new = {"--am": state(study.am), **{f"--lm {x}": state(y) for x, y in study.lms.items()}, "--nbest": study.nbest}
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and (out / "tune.jsonl").is_file() else {}
     if other := [name for name in new if old.get(name, new[name]) != new[name]]:
         raise ValueError(
-            f"{out} holds a study of another or since changed {', '.join(other)} (see {path}): name another --out, or delete the folder"
+            f"{out} holds a study of another or since changed {', '.join(other)} (see {path}): name another --out, or delete it"
         )
     write_json(path, {**old, **new})
 

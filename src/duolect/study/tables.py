@@ -14,11 +14,10 @@ from duolect.evaluate.normalize import normalizer
 from duolect.evaluate.table import Row, rows
 from duolect.evaluate.wer import score_recognized
 from duolect.recipes.experiment import AsrExperiment, run
-from duolect.recognize.files import decode_to_files
+from duolect.recognize.files import decoded_once
 from duolect.recognize.models import Models
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer
-from duolect.scorer import read_hypotheses
 from duolect.train.parallel import World
 
 Rows = Mapping[str, Mapping[str, str]]
@@ -93,7 +92,7 @@ def measured(study: Study, out: Path, *, world: World, progress: bool = True) ->
     utterances = [u for u in source.utterances if u.text is not None][: study.limit]
     if not utterances:
         raise ValueError(f"{study.test}: no utterance has a transcript, so nothing can be compared")
-    scores, seconds, audio = {}, dict[str, float](), 0.0
+    scores = {}
     for number, (title, experiment) in enumerate(study.experiments().items()):
         folder = out / f"{number}-{''.join(c if c.isalnum() else '-' for c in title)}"
         print(f"== {study.table}: {title} ({folder})", file=sys.stderr, flush=True)
@@ -104,12 +103,7 @@ def measured(study: Study, out: Path, *, world: World, progress: bool = True) ->
         made = {name: decoding_of(name, Ingredients(speech_llm=model)) for name in names}
         recognizer = Recognizer(Models(device=str(world.device), say=lambda text: None), model, made)
         files = {name: folder / "hypotheses" / f"{name}.jsonl" for name in made}
-        found = {name: list(read_hypotheses(path)) for name, path in files.items() if path.is_file()}
-        if any([r.id for r in found.get(name, ())] != [u.id for u in utterances] for name in files):
-            found = decode_to_files(recognizer, utterances, files, progress=progress)
-        for name, lines in found.items():
+        for name, lines in decoded_once(recognizer, utterances, files, progress=progress).items():
             row = PRESETS[name].title if name == "ctc-greedy" else f"{title}: {PRESETS[name].title.removeprefix('Speech LLM ')}"
             scores[row] = score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=Path(study.test).stem)
-            seconds[row] = sum(r.seconds for r in lines)
-            audio = sum(float(r.fields.get("duration") or 0) for r in lines if r.error is None)
-    return rows(scores, seconds=seconds, audio_seconds=audio)
+    return rows(scores)
