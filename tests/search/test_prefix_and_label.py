@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from duolect.search.fusion import Fused, Retokenized, SearchError, at_end, at_word_end, every, every_label
+from duolect.search.fusion import Fused, Retokenized, SearchError, at_end, at_word_end, every, every_label, held_to_words
 from duolect.search.label import label_beam_search
 from duolect.search.prefix import CtcPrefix
 from tests.conftest import tiny_lm
@@ -92,27 +92,29 @@ def test_prefix_scores_of_a_batch_equal_those_alone(letters):
         assert torch.allclose(alone.log_probs(alone.start(1))[0], whole[b], atol=1e-5)
 
 
+@pytest.mark.parametrize("ends", ["beam", "apart"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("exponent", [0.0, 1.0])
-def test_label_search_ranks_all_sequences_like_enumeration(letters, kind, exponent):
+def test_label_search_ranks_all_sequences_like_enumeration(letters, kind, exponent, ends):
     lm = tiny_lm(kind, letters)
     longest = 3
     spoken = [y for y in range(letters.size) if y not in (letters.blank, letters.eos)]
     every_one = [y for n in range(longest + 1) for y in itertools.product(spoken, repeat=n)]
     wanted = {y: lm_from_scratch(lm, y) for y in every_one}
-    (got,) = label_beam_search({"lm": Fused(scorer=lm, scale=1.0)}, 1, beam=2000, max_labels=longest, length_exponent=exponent, stop="all")
+    (got,) = label_beam_search({"lm": Fused(scorer=lm, scale=1.0)}, 1, beam=2000, max_labels=longest, length_exponent=exponent, stop="all", ends=ends)
     assert {h.labels: h.parts["lm"] for h in got} == pytest.approx(wanted, abs=2e-4)
     normalized = [wanted[h.labels] / (len(h.labels) + 1) ** exponent for h in got]
     assert normalized == pytest.approx(sorted(normalized, reverse=True), abs=2e-4)
 
 
+@pytest.mark.parametrize("ends", ["beam", "apart"])
 @pytest.mark.parametrize("when", [every_label(), every_label(lookahead=False), every(2), at_word_end, at_end])
-def test_joint_with_ctc_every_sequence_has_its_exact_score(letters, when):
+def test_joint_with_ctc_every_sequence_has_its_exact_score(letters, when, ends):
     lm = tiny_lm("qwen2", letters)
     x = random_log_probs(3, 6, letters, seed=12)[:, :5]
     lengths = torch.tensor([5, 3, 1])
     fused = {"ctc": Fused(scorer=CtcPrefix(x, lengths, vocabulary=letters), scale=0.6), "lm": Fused(scorer=lm, scale=0.4, when=when)}
-    got = label_beam_search(fused, 3, beam=4000, max_labels=5, stop="all")
+    got = label_beam_search(fused, 3, beam=4000, max_labels=5, stop="all", ends=ends)
     for b, n in enumerate(lengths.tolist()):
         ctc = {y: s for y, s in all_alignments(x[b, :n], letters.blank).items() if s > -1e6}
         assert {h.labels for h in got[b]} == set(ctc)
@@ -121,9 +123,10 @@ def test_joint_with_ctc_every_sequence_has_its_exact_score(letters, when):
             assert h.parts["lm"] == pytest.approx(lm_from_scratch(lm, h.labels), abs=3e-4)
 
 
+@pytest.mark.parametrize("ends", ["beam", "apart"])
 @pytest.mark.parametrize("other", ["bytes", "pieces"])
 @pytest.mark.parametrize("when", [every(1), at_word_end, at_end])
-def test_joint_search_is_exact_through_another_tokenizer(letters, other_vocabularies, other, when):
+def test_joint_search_is_exact_through_another_tokenizer(letters, other_vocabularies, other, when, ends):
     lm = tiny_lm("llama", other_vocabularies[other])
     x = random_log_probs(2, 5, letters, seed=13)
     lengths = torch.tensor([5, 4])
@@ -131,7 +134,7 @@ def test_joint_search_is_exact_through_another_tokenizer(letters, other_vocabula
         "ctc": Fused(scorer=CtcPrefix(x, lengths, vocabulary=letters), scale=1.0),
         "llm": Fused(scorer=Retokenized(lm, letters), scale=0.4, when=when),
     }
-    got = label_beam_search(fused, 2, beam=4000, max_labels=5, stop="all")
+    got = label_beam_search(fused, 2, beam=4000, max_labels=5, stop="all", ends=ends)
     for b, n in enumerate(lengths.tolist()):
         ctc = {y: s for y, s in all_alignments(x[b, :n], letters.blank).items() if s > -1e6}
         assert {h.labels for h in got[b]} == set(ctc)
@@ -156,9 +159,10 @@ def test_greedy_is_beam_one(letters):
     assert got[0].labels == tuple(history)
 
 
+@pytest.mark.parametrize("ends", ["beam", "apart"])
 @pytest.mark.parametrize("beam", [1, 3, 8])
 @pytest.mark.parametrize("when", [every_label(), at_word_end])
-def test_label_search_of_a_batch_equals_each_alone(letters, beam, when):
+def test_label_search_of_a_batch_equals_each_alone(letters, beam, when, ends):
     lm = tiny_lm("llama", letters)
     x = random_log_probs(5, 9, letters, seed=14)
     lengths = torch.tensor([9, 2, 7, 4, 9])
@@ -168,7 +172,7 @@ def test_label_search_of_a_batch_equals_each_alone(letters, beam, when):
             "ctc": Fused(scorer=CtcPrefix(x[b], lengths[b], vocabulary=letters), scale=0.7),
             "lm": Fused(scorer=lm, scale=0.3, when=when),
         }
-        return label_beam_search(fused, len(lengths[b]), beam=beam, max_labels=lengths[b])
+        return label_beam_search(fused, len(lengths[b]), beam=beam, max_labels=lengths[b], ends=ends)
 
     order = torch.tensor([4, 1, 0, 3, 2])
     together = search(order)
@@ -179,14 +183,29 @@ def test_label_search_of_a_batch_equals_each_alone(letters, beam, when):
             assert dict(h.parts) == pytest.approx(dict(g.parts), abs=1e-4)
 
 
-def test_stopping_early_does_not_change_the_best(letters):
+@pytest.mark.parametrize("ends", ["beam", "apart"])
+def test_stopping_early_does_not_change_the_best(letters, ends):
     lm = tiny_lm("gpt2", letters, seed=3)
     x = random_log_probs(4, 10, letters, seed=15)
     lengths = torch.tensor([10, 8, 5, 10])
     fused = {"ctc": Fused(scorer=CtcPrefix(x, lengths, vocabulary=letters), scale=0.7), "lm": Fused(scorer=lm, scale=0.3)}
-    soon = label_beam_search(fused, 4, beam=6, max_labels=lengths, stop="best")
-    late = label_beam_search(fused, 4, beam=6, max_labels=lengths, stop="all")
+    soon = label_beam_search(fused, 4, beam=6, max_labels=lengths, stop="best", ends=ends)
+    late = label_beam_search(fused, 4, beam=6, max_labels=lengths, stop="all", ends=ends)
     assert [hs[0].labels for hs in soon] == [hs[0].labels for hs in late]
+
+
+def test_an_end_apart_needs_no_slot_of_the_beam(letters):
+    """Silence: the LM wants to talk, CTC, asked at word ends only, knows that nothing was said."""
+    lm = tiny_lm("llama", letters, seed=2)
+    silence = torch.full((1, 12, letters.size), -12.0)
+    silence[..., letters.blank] = -1e-4
+    fused = {
+        "llm": Fused(scorer=lm, scale=1.0),
+        "ctc": Fused(scorer=held_to_words(CtcPrefix(silence, torch.tensor([12]), vocabulary=letters)), scale=1.0, when=at_word_end),
+    }
+    (talking,), (quiet,) = (label_beam_search(fused, 1, beam=2, max_labels=8, ends=ends) for ends in ("beam", "apart"))
+    assert quiet[0].labels == () and talking[0].labels != ()
+    assert quiet[0].score({"llm": 1.0, "ctc": 1.0}) > talking[0].score({"llm": 1.0, "ctc": 1.0})
 
 
 def test_label_search_refuses_what_cannot_work(letters):

@@ -394,6 +394,7 @@ class LabelSynchronous(Decoding):
     """Label-by-label beam search in the vocabulary of the first term. Greedy is beam 1.
 
     length_exponent normalizes by length (AED or speech LLM alone; off with CTC). labels_per_second bounds the output by the audio;
+    ends `apart` (with CTC): every hypothesis may end at every step, in a list beside the beam, judged by all terms in full.
     repeats: a hypothesis that says the same so many times in a row is made to end.
     """
 
@@ -401,6 +402,7 @@ class LabelSynchronous(Decoding):
     beam: int = 4
     length_exponent: float = 0.0
     labels_per_second: float = 10.0
+    ends: Literal["beam", "apart"] = "beam"
     repeats: int | None = None
 
     @property
@@ -420,6 +422,7 @@ class LabelSynchronous(Decoding):
             beam=self.beam,
             max_labels=batch.most_labels(self.labels_per_second),
             length_exponent=self.length_exponent,
+            ends=self.ends,
             repeats=self.repeats,
         )
 

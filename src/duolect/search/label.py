@@ -54,6 +54,7 @@ def label_beam_search(
     max_labels: int | Tensor,
     length_exponent: float = 0.0,
     stop: Literal["best", "all"] = "best",
+    ends: Literal["beam", "apart"] = "beam",
     repeats: int | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> list[list[Hypothesis]]:
@@ -61,8 +62,11 @@ def label_beam_search(
 
     Scorers whose schedule looks ahead propose labels; the others are asked when their schedule says so. `vocabulary`: the search's,
     else that of the first scorer. max_labels (int or [B]): a hypothesis of that many labels can only end. stop: `best` ends an
-    utterance once nothing still growing can overtake its best finished hypothesis, `all` once the whole beam has ended. repeats: a
-    hypothesis that ends in so many repetitions of the same 1 to LONGEST_LOOP labels can only end; None: nobody looks.
+    utterance once nothing still growing can overtake its best finished hypothesis, `all` once the whole beam has ended. ends: `beam`
+    gives a finished hypothesis a slot where it wins one by what the proposing scorers say; `apart` lets every hypothesis end at every
+    step, judged by all scorers in full, and keeps the best of these in a list of their own: for a scorer, such as CTC, that knows what
+    is left to be said, and that would otherwise be heard too late. repeats: a hypothesis that ends in so many repetitions of the same 1
+    to LONGEST_LOOP labels can only end; None: nobody looks.
     """
     first = next(iter(fused.values()), None)
     vocabulary = vocabulary or (first.scorer.vocabulary if first else None)
@@ -75,7 +79,7 @@ def label_beam_search(
     for name, f in fused.items():
         vocabulary.require_same(f.scorer.vocabulary, here="the search", there=name)
     with torch.no_grad():
-        return _search(fused, utterances, vocabulary, beam, max_labels, length_exponent, stop, repeats)
+        return _search(fused, utterances, vocabulary, beam, max_labels, length_exponent, stop, ends, repeats)
 
 
 def _search(
@@ -86,6 +90,7 @@ def _search(
     max_labels: int | Tensor,
     exponent: float,
     stop: str,
+    ends: str,
     repeats: int | None,
 ) -> list[list[Hypothesis]]:
     terms = {}
@@ -96,6 +101,7 @@ def _search(
     starts = torch.tensor(vocabulary.word_starts)
     index = torch.zeros(utterances, 1, dtype=torch.long)
     now = Beam(torch.zeros(utterances, 1), index[..., None][..., :0], index, index > 0)
+    apart = _no_ends(utterances, beam, terms) if ends == "apart" else None
     who = torch.arange(utterances)  # the utterances still searched; finished ones leave the batch, so that no straggler holds them
     results: list[list[Hypothesis]] = [[] for _ in range(utterances)]
     step = 0
@@ -106,23 +112,24 @@ def _search(
         only_end = now.ended | (now.length >= limit[who, None])
         if repeats is not None:
             only_end |= looping(now.history, now.length, repeats=repeats)
-        now, terms = _grow(now, terms, only_end, vocabulary, beam, exponent, step)
+        said = {n: _said(t, now, vocabulary) for n, t in terms.items() if t.fused.when.lookahead}
+        if apart is not None:
+            apart = _with_ends(apart, now, terms, said, vocabulary.eos, exponent)
+        now, terms = _grow(now, terms, said, only_end, vocabulary, beam, exponent, step, ending=apart is None)
         terms = {name: _fuse(term, now, starts, step - 1) for name, term in terms.items()}
         now = _rescored(now, terms)
         done = now.ended.all(1)
         if bounded:
-            finished = torch.where(now.ended, now.score, NEG).amax(1)
+            finished = torch.where(now.ended, now.score, NEG).amax(1) if apart is None else apart.beam.score[:, 0]
             growing = torch.where(now.ended, NEG, now.score).amax(1)
             done |= (finished > NEG) & (finished >= growing)
         if bool(done.any()):
+            found, scores = (apart.beam, apart.scores) if apart else (now, {name: term.score for name, term in terms.items()})
             for b in done.nonzero()[:, 0].tolist():
-                results[int(who[b])] = _hypotheses(now, terms, b, vocabulary, exponent)
+                results[int(who[b])] = _hypotheses(found, scores, b, vocabulary, exponent)
             keep = (~done).nonzero()[:, 0]
-            who, now, terms = (
-                who[keep],
-                _kept(now, keep),
-                {name: _kept_term(term, keep, now.score.shape[1]) for name, term in terms.items()},
-            )
+            terms = {name: _kept_term(term, keep, now.score.shape[1]) for name, term in terms.items()}
+            who, now, apart = who[keep], _kept(now, keep), apart and apart.kept(keep)
     return results
 
 
@@ -138,22 +145,26 @@ def looping(history: Tensor, length: Tensor, *, repeats: int) -> Tensor:
     return found
 
 
+def _said(term: Term, now: Beam, vocabulary: Vocabulary) -> Tensor:
+    """[B, K, V] log p of the next label by a term that looks ahead."""
+    log_probs = term.fused.scorer.log_probs(term.state).cpu()
+    return torch.nn.functional.pad(log_probs, (0, vocabulary.size - log_probs.shape[1]), value=NEG).view(*now.score.shape, -1)
+
+
 def _grow(
-    now: Beam, terms: Mapping[str, Term], only_end: Tensor, vocabulary: Vocabulary, beam: int, exponent: float, step: int
-) -> tuple[Beam, dict[str, Term]]:
+    now: Beam, terms: Mapping[str, Term], said: Mapping[str, Tensor], only_end: Tensor, vocabulary: Vocabulary, beam: int,
+    exponent: float, step: int, *, ending: bool,
+) -> tuple[Beam, dict[str, Term]]:  # fmt: skip
     groups, k = now.score.shape
     eos, v = vocabulary.eos, vocabulary.size
     step_scores = torch.zeros(groups, k, v)
-    for term in terms.values():
-        if term.fused.when.lookahead:
-            log_probs = term.fused.scorer.log_probs(term.state).cpu()
-            log_probs = torch.nn.functional.pad(log_probs, (0, v - log_probs.shape[1]), value=NEG)
-            step_scores = step_scores + weighted(term.fused.scale, log_probs).view(groups, k, v)
+    for name, log_probs in said.items():
+        step_scores = step_scores + weighted(terms[name].fused.scale, log_probs)
     silent = [x for x in (vocabulary.blank, vocabulary.bos) if x is not None and x != eos]
     step_scores[..., silent] = NEG
     others = torch.arange(v) != eos
     step_scores = step_scores.masked_fill(only_end[..., None] & others, NEG)
-    step_scores[..., eos] = torch.where(now.ended, 0.0, step_scores[..., eos])
+    step_scores[..., eos] = torch.where(now.ended, 0.0, step_scores[..., eos] if ending else NEG)
     total = torch.nan_to_num(now.score[..., None] + step_scores, nan=NEG, neginf=NEG, posinf=NEG)
     # Ended hypotheses compete at their own length, growing ones at this step's.
     scale = torch.where(now.ended, (now.length + 1).double() / step, 1.0).pow(-exponent).to(total.dtype)
@@ -170,6 +181,49 @@ def _grow(
     grown = Beam(score, history, torch.where(ends, length, length + 1), ends | (score == NEG))
     moved = {name: _moved(term, source, rows, grown, ends & ~ended_before) for name, term in terms.items()}
     return grown, moved
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The best finished hypotheses so far, best first, in a list of their own: they take no slot of the beam."""
+
+    beam: Beam
+    scores: Mapping[str, Tensor]  # [B, K] by term
+
+    def kept(self, keep: Tensor) -> Ends:
+        return Ends(_kept(self.beam, keep), {name: score[keep] for name, score in self.scores.items()})
+
+
+def _no_ends(utterances: int, beam: int, terms: Mapping[str, Term]) -> Ends:
+    none = torch.full((utterances, beam), NEG)
+    length = torch.zeros(utterances, beam, dtype=torch.long)
+    return Ends(Beam(none, length[..., None][..., :0], length, length == 0), dict.fromkeys(terms, none))
+
+
+def _with_ends(ends: Ends, now: Beam, terms: Mapping[str, Term], said: Mapping[str, Tensor], eos: int, exponent: float) -> Ends:
+    """The list with what the hypotheses of the beam are if they end here, by all terms: what a term held back is scored too."""
+    alive = ~now.ended & (now.score > NEG)
+    scores = {}
+    for name, term in terms.items():
+        if name in said and bool((term.seen == now.length)[alive].all()):
+            gained = said[name][..., eos]  # what `finish` would say
+        else:
+            labels, lengths = _unseen(now, term.seen, alive)
+            gained, state = term.fused.scorer.advance(term.state, labels, lengths)
+            gained = (gained.cpu() + term.fused.scorer.finish(state).cpu()).view_as(now.score)
+        scores[name] = torch.cat([ends.scores[name], term.score + gained], 1)
+    new = sum((weighted(terms[name].fused.scale, score[:, -now.score.shape[1] :]) for name, score in scores.items()), torch.zeros(()))
+    longest = max(now.history.shape[2], ends.beam.history.shape[2])
+    histories = [torch.nn.functional.pad(x.history, (0, longest - x.history.shape[2])) for x in (ends.beam, now)]
+    new = torch.where(alive, torch.nan_to_num(new, nan=NEG, neginf=NEG), NEG)
+    both = Beam(
+        torch.cat([ends.beam.score, new], 1), torch.cat(histories, 1), torch.cat([ends.beam.length, now.length], 1),
+        torch.ones(len(new), ends.beam.score.shape[1] + new.shape[1], dtype=torch.bool),
+    )  # fmt: skip
+    best = both.rank(exponent, 1).topk(ends.beam.score.shape[1], dim=1).indices
+    history = both.history.gather(1, best[..., None].expand(-1, -1, longest))
+    chosen = Beam(both.score.gather(1, best), history, both.length.gather(1, best), both.ended.gather(1, best))
+    return Ends(chosen, {name: score.gather(1, best) for name, score in scores.items()})
 
 
 def _moved(term: Term, source: Tensor, rows: Tensor, grown: Beam, ending: Tensor) -> Term:
@@ -222,11 +276,11 @@ def _kept_term(term: Term, keep: Tensor, k: int) -> Term:
     return Term(term.fused, term.fused.scorer.select(term.state, rows), term.score[keep], term.seen[keep])
 
 
-def _hypotheses(now: Beam, terms: Mapping[str, Term], b: int, vocabulary: Vocabulary, exponent: float) -> list[Hypothesis]:
+def _hypotheses(now: Beam, scores: Mapping[str, Tensor], b: int, vocabulary: Vocabulary, exponent: float) -> list[Hypothesis]:
     rank = now.rank(exponent, 1)[b]
     out = []
     for k in rank.argsort(dim=0, descending=True, stable=True).tolist():
         if bool(now.ended[b, k]) and float(rank[k]) > NEG:
             labels = tuple(now.history[b, k, : int(now.length[b, k])].tolist())
-            out.append(Hypothesis(labels, vocabulary.decode(labels), {name: float(t.score[b, k]) for name, t in terms.items()}))
+            out.append(Hypothesis(labels, vocabulary.decode(labels), {name: float(score[b, k]) for name, score in scores.items()}))
     return out
