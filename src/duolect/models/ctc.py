@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from duolect.audio.features import SECONDS_PER_FRAME
@@ -23,7 +23,7 @@ from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoded, Encoder, encoder_from_settings, require_layers, stack_frames
 from duolect.models.hf_encoder import output_lengths, seconds_per_frame
 from duolect.models.windows import BATCH_SECONDS, Window, Windowing
-from duolect.run import readable
+from duolect.run import write_tensors
 from duolect.vocabulary import CharacterVocabulary, TokenizerVocabulary, Vocabulary, load_vocabulary
 
 HUGGING_FACE_SECONDS = 40.0  # that other models hear at once: more than the utterances of the usual corpora last
@@ -227,9 +227,7 @@ def save_model(
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     (folder / "README.md").write_text(card)
     moved = {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
-    save_file(moved, folder / "model.safetensors.part", metadata={"format": "pt"})
-    readable(folder / "model.safetensors.part")
-    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", moved, metadata={"format": "pt"})
 
 
 def load_weights(weights: Mapping[str, Tensor], folder: Path, *, ignore: tuple[str, ...] = ()) -> None:
