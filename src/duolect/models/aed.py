@@ -19,21 +19,18 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from duolect.audio.features import SECONDS_PER_FRAME, whisper_log_mel
 from duolect.audio.io import SAMPLE_RATE
-from duolect.models import ModelError
+from duolect.models import ModelError, Precision
 from duolect.models.attention_decoder import AttentionDecoder, DecoderDims, histories
 from duolect.models.cache import Trie
-from duolect.models.ctc import CtcModel, Heads, load_weights, read_config, save_model
+from duolect.models.ctc import CtcModel, FolderModel, Heads, load_weights, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.encoders import Encoded, Encoder, frame_mask
 from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, use_packed_attention
-from duolect.models.windows import Window, Windowing
+from duolect.models.windows import Windowing
 from duolect.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
-
-Precision = Literal["float32", "bfloat16", "float16"]
 
 WINDOW_SECONDS = 30.0
 """Whisper's encoder was trained on windows of exactly this length; shorter audio is padded to it with silence."""
-
 
 ENGLISH_ONLY_ROWS = 51864
 """Output rows of the English-only models, which take no language and task label; the multilingual ones have more."""
@@ -99,7 +96,7 @@ class AedOutput:
     targets: Tensor
 
 
-class AedModel(nn.Module, AttentionModel):
+class AedModel(FolderModel, AttentionModel):
     """An encoder with CTC heads and a decoder over the main head's labels without blank, in one model folder.
 
     As an acoustic model the folder is its CTC part (`load_acoustic_model`). max_seconds: of audio that the decoder is asked about.
@@ -135,29 +132,13 @@ class AedModel(nn.Module, AttentionModel):
         return AedScorer(self, Encoded(frames, torch.ones(rows, dtype=torch.long, device=weight.device)))
 
     def parts(self) -> dict[str, nn.Module]:
-        """What learns at rates of its own, beside the CTC part."""
         return {"decoder": self.decoder}
 
-    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a state dict by the names they have in a model folder, where the CTC part is a CTC model's."""
-        return {name.removeprefix("ctc."): x for name, x in state.items()}
-
-    def weights(self) -> dict[str, Tensor]:
-        """The model's own tensors by the names they have in a model folder."""
-        return self.named(self.state_dict())
-
     def save_vocabularies(self, folder: Path) -> None:
-        """Writes the CTC part's vocabularies, which are the decoder's too."""
-        self.ctc.save_vocabularies(folder)
+        self.ctc.save_vocabularies(folder)  # which are the decoder's too
 
     def settings(self) -> dict[str, object]:
-        """What config.json must hold to build the model again without weights and vocabularies."""
         return {**self.ctc.settings(), "type": "aed", "decoder": asdict(self.decoder.dims), "max_seconds": self.max_seconds}
-
-    def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
-        """Writes a model folder; the weights in `dtype`, the vocabularies beside them, `card` as README.md."""
-        save_model(folder, self.settings(), self.weights(), card=card, dtype=dtype)
-        self.ctc.save_vocabularies(Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AedModel:
@@ -180,15 +161,12 @@ def encoded_whole(encoder: Encoder, audios: Sequence[np.ndarray], *, max_seconds
     device = next(encoder.parameters()).device
     features = [encoder.features(torch.as_tensor(audio, device=device)) for audio in audios]
 
-    def encode(batch: list[Window]) -> list[Tensor]:
-        parts = [features[w.utterance] for w in batch]
-        lengths = torch.tensor([len(x) for x in parts], device=device)
+    def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            encoded = encoder(nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths)
-        return [x[:n].to(dtype) for x, n in zip(encoded.frames, encoded.lengths.tolist(), strict=True)]
+            encoded = encoder(features, lengths)
+        return encoded.frames.to(dtype), encoded.lengths
 
-    whole = Windowing(round(1 / SECONDS_PER_FRAME), 1, max_seconds + 1)  # batches by length, and nothing to cut
-    frames = whole.joined([len(x) for x in features], encode)
+    frames = Windowing(round(1 / SECONDS_PER_FRAME), 1, max_seconds + 1).over(features, run)  # batches by length, and nothing to cut
     lengths = torch.tensor([len(x) for x in frames], device=device)
     return Encoded(nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths)
 
@@ -211,42 +189,27 @@ class AedScorer(AudioScorer):
 class WhisperAed(AttentionModel):
     """A Whisper model that makes one Scorer per batch of audio.
 
-    spelling: `words` keeps labels with digits and symbols out, so that hypotheses are comparable with a CTC model of spelled-out words.
+    Labels with digits and symbols are kept out, so that hypotheses are comparable with a CTC model of spelled-out words.
     """
 
-    def __init__(
-        self,
-        model: WhisperForConditionalGeneration,
-        vocabulary: TokenizerVocabulary,
-        *,
-        spelling: Literal["any", "words"] = "words",
-        language: str = "en",
-    ) -> None:
+    def __init__(self, model: WhisperForConditionalGeneration, vocabulary: TokenizerVocabulary) -> None:
         self.model: Any = model.eval()
         use_packed_attention(model)
         self.vocabulary = vocabulary
-        self.prompt = _prompt(vocabulary, language if self.model.config.vocab_size > ENGLISH_ONLY_ROWS else None)
+        self.prompt = _prompt(vocabulary, multilingual=self.model.config.vocab_size > ENGLISH_ONLY_ROWS)
         head: Any = model.get_output_embeddings()
         bias = torch.zeros(vocabulary.size, device=head.weight.device, dtype=head.weight.dtype)
-        bias[_silenced(vocabulary, spelling)] = -torch.inf
+        bias[_silenced(vocabulary)] = -torch.inf
         self.output = OutputLayer(head.weight.detach()[: vocabulary.size], bias)
 
     @classmethod
-    def load(
-        cls,
-        name: str | Path,
-        *,
-        dtype: Precision = "float32",
-        device: str = "cpu",
-        spelling: Literal["any", "words"] = "words",
-        language: str = "en",
-    ) -> WhisperAed:
+    def load(cls, name: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> WhisperAed:
         """The model of a hub id or a folder of transformers."""
         try:
             model = WhisperForConditionalGeneration.from_pretrained(str(name), dtype=getattr(torch, dtype), attn_implementation="sdpa")
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{name} does not load as a Whisper model: {str(error).strip().splitlines()[0]}") from error
-        return cls(model.to(device), TokenizerVocabulary.load(name), spelling=spelling, language=language)  # type: ignore[arg-type]
+        return cls(model.to(device), TokenizerVocabulary.load(name))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def scorer(self, audios: Sequence[np.ndarray]) -> WhisperScorer:
@@ -297,25 +260,24 @@ def _require_length(audios: Sequence[np.ndarray], seconds: float, who: str) -> N
         raise ModelError(f"{longest:.1f} s of audio are longer than the {seconds:.0f} s that {who} hears at once: split it into segments")
 
 
-def _prompt(vocabulary: TokenizerVocabulary, language: str | None) -> list[int]:
+def _prompt(vocabulary: TokenizerVocabulary, *, multilingual: bool) -> list[int]:
     index = vocabulary.tokenizer.convert_tokens_to_ids
-    names = ["<|startoftranscript|>", *([f"<|{language}|>", "<|transcribe|>"] if language else []), "<|notimestamps|>"]
+    names = ["<|startoftranscript|>", *(["<|en|>", "<|transcribe|>"] if multilingual else []), "<|notimestamps|>"]
     labels = [index(name) for name in names]
     unknown = [name for name, label in zip(names, labels, strict=True) if label is None or vocabulary.piece(label) != name]
     if unknown:
-        raise ModelError(f"the tokenizer lacks {', '.join(unknown)}: not a Whisper tokenizer, or not a language it knows")
+        raise ModelError(f"the tokenizer lacks {', '.join(unknown)}: it is no Whisper tokenizer")
     return labels
 
 
-def _silenced(vocabulary: TokenizerVocabulary, spelling: str) -> list[int]:
-    """Labels that are no speech: all special ones but eos, and with spelling `words` all that hold other than letters and punctuation."""
+def _silenced(vocabulary: TokenizerVocabulary) -> list[int]:
+    """Labels that are no speech: all that hold other than letters and punctuation, eos aside."""
     keep = set("'.,?!-")
     silenced = []
     for label in range(vocabulary.size):
-        piece = vocabulary.piece(label)
         # Byte-level pieces write a space as Ġ and bytes beyond ASCII as other letters beyond ASCII.
-        letters = piece.removeprefix("Ġ")
+        letters = vocabulary.piece(label).removeprefix("Ġ")
         odd = not letters or any(not (c.isascii() and c.isalpha()) and c not in keep for c in letters)
-        if label != vocabulary.eos and (piece.startswith("<|") or (spelling == "words" and odd)):
+        if odd and label != vocabulary.eos:
             silenced.append(label)
     return silenced

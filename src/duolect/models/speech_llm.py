@@ -21,13 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from duolect.config import from_json, registered, to_json
-from duolect.models import ModelError
+from duolect.models import ModelError, Precision
 from duolect.models.adapters import Adapter, AdapterDims
-from duolect.models.aed import AedModel, AedOutput, AttentionModel, Precision, encoded_whole
+from duolect.models.aed import AedModel, AedOutput, AttentionModel, encoded_whole
 from duolect.models.attention_decoder import histories
 from duolect.models.cache import Trie
 from duolect.models.cross_attention import CrossAttention, Heard
-from duolect.models.ctc import CtcModel, Heads, load_weights, read_config, save_model
+from duolect.models.ctc import CtcModel, FolderModel, Heads, load_weights, read_config
 from duolect.models.decoder import DecoderScorer
 from duolect.models.embedded import resolve
 from duolect.models.encoders import frame_mask
@@ -75,7 +75,7 @@ class SpeechLlmDims:
             raise ValueError("recompute does not go with attention=merged, whose audio keys are in the cache: set recompute=false")
 
 
-class SpeechLlm(nn.Module, AttentionModel):
+class SpeechLlm(FolderModel, AttentionModel):
     """A CTC model's encoder, an adapter and a causal language model of transformers.
 
     vocabulary: of the language model as it came. sources: names of the models that `ctc` and `llm` came from and that a folder need not
@@ -240,7 +240,6 @@ class SpeechLlm(nn.Module, AttentionModel):
         return SpeechLlmScorer(self, weight.new_zeros(rows, 0, weight.shape[1]), torch.zeros(rows, dtype=torch.long, device=weight.device))
 
     def parts(self) -> dict[str, nn.Module]:
-        """What learns at rates of its own, beside the CTC part."""
         return {"adapter": nn.ModuleList([self.adapter, self.cross]), "llm": self.llm}
 
     def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -259,12 +258,7 @@ class SpeechLlm(nn.Module, AttentionModel):
             return None
         return next(f"{name}.weight" for name, module in self.named_modules() if module is head)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The model's own tensors by the names they have in a model folder."""
-        return self.named(self.state_dict())
-
     def settings(self) -> dict[str, object]:
-        """What config.json must hold to build the model again without weights and vocabularies."""
         return {
             **self.ctc.settings(),
             "type": "speech_llm",
@@ -281,11 +275,6 @@ class SpeechLlm(nn.Module, AttentionModel):
         if "llm" not in self.sources:
             (folder / "llm").mkdir(parents=True, exist_ok=True)
             self.vocabulary.save(folder / "llm")
-
-    def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
-        """Writes a model folder; the weights in `dtype`, the vocabularies beside them, `card` as README.md."""
-        save_model(folder, self.settings(), self.weights(), card=card, dtype=dtype)
-        self.save_vocabularies(Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> SpeechLlm:
