@@ -82,8 +82,8 @@ class LlmPart:
 @dataclass(frozen=True)
 class AsrExperiment:
     """An acoustic model and how it comes about. heads: layers with an auxiliary CTC head. checks: validation sets by name, the first one
-    decides what is best. held_out: so many training utterances of rare speakers are kept for the check `held-out`. start: a model folder or
-    checkpoint whose weights are taken where they fit."""
+    decides what is best. held_out: so many training utterances of rare speakers are kept for the check `held-out`. start: a model folder
+    whose weights are taken where they fit."""
 
     recipe: str
     corpora: tuple[Corpus, ...]
