@@ -63,7 +63,8 @@ def warm_start(model: Trainable, folder: str | Path) -> WarmStart:
     renamed: dict[str, str] = {}
     for prefix, head in heads.items():
         fits = [p for p in (prefix, *targets) if targets.get(p) == head and p not in renamed.values()]  # the one of the same name first
-        renamed |= {prefix: p for p in fits[:1]}
+        if fits:
+            renamed[prefix] = fits[0]
     loaded, skipped = [], {}
     for name, x in state.items():
         prefix = next((p for p in heads if name.startswith(p)), None)
