@@ -25,7 +25,7 @@ from duolect.models.cache import Trie
 from duolect.models.ctc import CtcModel, FolderModel, Heads, load_weights, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.encoders import Encoded, Encoder, frame_mask
-from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, use_packed_attention
+from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, run_packed, use_packed_attention
 from duolect.models.windows import Windowing
 from duolect.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
 
@@ -71,16 +71,15 @@ class AudioScorer(DecoderScorer):
     ) -> None:
         self.output, self.vocabulary, self.prompt, self.heard = output, vocabulary, list(prompt), heard
 
-    def _begin(self, rows: int) -> Trie:
-        weight, utterances = self.output.weight, len(self.heard[0][0])
-        if rows != utterances:
+    def _cache(self, rows: int) -> Cache:
+        if rows != (utterances := len(self.heard[0][0])):
             raise ModelError(f"{rows} rows asked for, but the audio of {utterances} utterances was encoded")
         cross = Cache(layers=[NodeLayer() for _ in self.heard])
         for layer, (keys, values) in zip(cross.layers, self.heard, strict=True):
             layer.fill(keys, values)  # pyright: ignore[reportAttributeAccessIssue]
         cache = EncoderDecoderCache(node_cache(len(self.heard)), cross)
         cache.is_updated = dict.fromkeys(range(len(self.heard)), True)
-        return Trie.empty(rows, width=weight.shape[1], cache=cache, device=weight.device, dtype=weight.dtype)
+        return cache
 
     def _prompts(self, rows: int) -> list[list[int]]:
         return [self.prompt] * rows
@@ -242,16 +241,9 @@ class WhisperScorer(AudioScorer):
         limit = self.aed.model.config.max_target_positions
         if int(new.positions.max()) >= limit:
             raise ModelError(f"a hypothesis outgrew Whisper's {limit} positions: lower max_labels")
-        with packing(new):
-            out = self.aed.model.model.decoder(
-                input_ids=new.labels[None],
-                attention_mask=new.mask(self.output.weight.dtype),
-                encoder_hidden_states=self.encoded,  # only says that there is audio: its keys and values are in the cache
-                past_key_values=trie.cache,
-                position_ids=new.positions[None],
-                use_cache=True,
-            )
-        return out.last_hidden_state[0]
+        decoder, dtype = self.aed.model.model.decoder, self.output.weight.dtype
+        # The encoder's states only say that there is audio: its keys and values are in the cache.
+        return run_packed(decoder, new, trie.cache, dtype, input_ids=new.labels[None], encoder_hidden_states=self.encoded)
 
 
 def _require_length(audios: Sequence[np.ndarray], seconds: float, who: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from duolect.models import ModelError, Precision
 from duolect.models.cache import Trie
@@ -16,7 +17,7 @@ from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.embedded import resolve
 from duolect.models.finetuned import KIND, load_fitted, written_of
 from duolect.models.ngram import NGRAM_FILES
-from duolect.models.packed import NewNodes, node_cache, packing, use_packed_attention
+from duolect.models.packed import NewNodes, node_cache, run_packed, use_packed_attention
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, VocabularyError, load_vocabulary
 
 
@@ -52,25 +53,15 @@ class HFCausalLM(DecoderScorer):
         model, vocabulary = load_language_model(name, dtype=dtype)
         return cls(model.to(device), vocabulary, prompt=prompt)  # pyright: ignore[reportArgumentType]
 
-    def _begin(self, rows: int) -> Trie:
-        weight = self.output.weight
-        return Trie.empty(rows, width=weight.shape[1], cache=node_cache(self._layers), device=weight.device, dtype=weight.dtype)
+    def _cache(self, rows: int) -> Cache:
+        return node_cache(self._layers)
 
     def _prompts(self, rows: int) -> list[list[int]]:
         return [[self.vocabulary.bos, *(self.vocabulary.encode(self.prompt.rstrip()) if self.prompt.strip() else [])]] * rows
 
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
         require_positions(int(new.positions.max()) + 1, self._longest)
-        mask = new.mask(self.output.weight.dtype)
-        with packing(new):
-            out = self.decoder(
-                input_ids=new.labels[None],
-                attention_mask=mask,
-                position_ids=new.positions[None],
-                past_key_values=trie.cache,
-                use_cache=True,
-            )
-        return out.last_hidden_state[0]
+        return run_packed(self.decoder, new, trie.cache, self.output.weight.dtype, input_ids=new.labels[None])
 
 
 def load_language_model(name: str | Path, *, dtype: Precision = "float32") -> tuple[PreTrainedModel, Vocabulary]:

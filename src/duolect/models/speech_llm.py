@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from duolect.config import from_json, registered, to_json
 from duolect.models import ModelError, Precision
@@ -34,7 +34,7 @@ from duolect.models.encoders import frame_mask
 from duolect.models.finetuned import let_learn
 from duolect.models.lm import HFCausalLM, load_language_model, longest_history, output_layer, require_positions
 from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
-from duolect.models.packed import NewNodes, node_cache, packing
+from duolect.models.packed import NewNodes, node_cache, packing, run_packed
 from duolect.models.rehead import Initial, label_embeddings, rehead
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 
@@ -323,12 +323,10 @@ class SpeechLlmScorer(DecoderScorer):
         self.heard = model.heard(audio) if audio.shape[1] else []
         self.mask = frame_mask(lengths, audio.shape[1])[:, None, None]
 
-    def _begin(self, rows: int) -> Trie:
+    def _cache(self, rows: int) -> Cache:
         if rows != len(self.audio):
             raise ModelError(f"{rows} rows asked for, but the audio of {len(self.audio)} utterances was encoded")
-        weight = self.output.weight
-        cache = node_cache(int(self.model.llm.config.get_text_config(decoder=True).num_hidden_layers))
-        return Trie.empty(rows, width=weight.shape[1], cache=cache, device=weight.device, dtype=weight.dtype)
+        return node_cache(int(self.model.llm.config.get_text_config(decoder=True).num_hidden_layers))
 
     def _prompts(self, rows: int) -> list[list[int]]:
         before, after = self.model.prompts
@@ -357,16 +355,7 @@ class SpeechLlmScorer(DecoderScorer):
             every = len(trie.utterance) == len(self.audio)
             heard = self.heard if every else [(k[trie.utterance], v[trie.utterance]) for k, v in self.heard]
             options["heard"] = Heard(heard, self.mask[trie.utterance], new)
-        with packing(new):
-            out = self.model.decoder(
-                inputs_embeds=embedded[None],
-                attention_mask=new.mask(embedded.dtype),
-                position_ids=new.positions[None],
-                past_key_values=trie.cache,
-                use_cache=True,
-                **options,
-            )
-        return out.last_hidden_state[0]
+        return run_packed(self.model.decoder, new, trie.cache, embedded.dtype, inputs_embeds=embedded[None], **options)
 
     def _merged(self, trie: Trie, new: NewNodes, embedded: Tensor, sounds: Tensor) -> Tensor:
         """Audio nodes leave keys and values only; the others go through the model."""
