@@ -57,12 +57,11 @@ def from_json(data: Mapping[str, Any], *, where: str = "") -> Any:
 
 def diff(a: Any, b: Any) -> list[str]:
     """What changes from a to b, as `field: old -> new` lines in field order; a and b are configs or their JSON."""
-    old, new = ({k: v for k, v in _flat(x if isinstance(x, Mapping) else to_json(x), "")} for x in (a, b))
-    lines = []
-    for name in {**old, **new}:
-        if old.get(name, _ABSENT) != new.get(name, _ABSENT):
-            lines.append(f"{name}: {_scalar(old.get(name, _ABSENT))} -> {_scalar(new.get(name, _ABSENT))}")
-    return lines
+    old, new = (
+        {name: json.dumps(v, ensure_ascii=False) for name, v in _flat(x if isinstance(x, Mapping) else to_json(x), "")} for x in (a, b)
+    )
+    changes = {name: (old.get(name, "(absent)"), new.get(name, "(absent)")) for name in {**old, **new}}
+    return [f"{name}: {was} -> {now}" for name, (was, now) in changes.items() if was != now]
 
 
 def digest(config: Any) -> str:
@@ -84,8 +83,6 @@ def with_overrides(config: C, overrides: Mapping[str, Any]) -> C:
 
 
 # ---- types -------------------------------------------------------------------------------------------------------------------------
-
-_ABSENT = object()
 
 
 def _fields(cls: type, where: str) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
@@ -280,10 +277,6 @@ def _flat(value: Any, where: str) -> Iterable[tuple[str, Any]]:
         return
     for name, inner in items:
         yield from _flat(inner, _join(where, name))
-
-
-def _scalar(value: Any) -> str:
-    return "(absent)" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
 
 
 # ---- overrides ---------------------------------------------------------------------------------------------------------------------

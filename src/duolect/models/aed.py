@@ -19,10 +19,10 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from duolect.audio.features import SECONDS_PER_FRAME, whisper_log_mel
 from duolect.audio.io import SAMPLE_RATE
-from duolect.models import ModelError, Precision
+from duolect.models import ModelError, Precision, loading
 from duolect.models.attention_decoder import AttentionDecoder, DecoderDims, histories
 from duolect.models.cache import Trie
-from duolect.models.ctc import CtcModel, FolderModel, Heads, load_weights, read_config
+from duolect.models.ctc import CtcModel, FolderModel, Heads, kind_of, load_weights, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.encoders import Encoded, Encoder, frame_mask
 from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, run_packed, use_packed_attention
@@ -53,7 +53,7 @@ class AttentionModel(ABC):
 
 def load_attention_model(name: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AttentionModel:
     """The encoder-decoder or speech LLM of a model folder of ours, or Whisper of a folder or hub id. Raises ModelError."""
-    kind = read_config(Path(name)).get("type") if (Path(name) / "config.json").is_file() else None
+    kind = kind_of(name)
     if kind == "speech_llm":
         from duolect.models.speech_llm import SpeechLlm  # which needs this file
 
@@ -143,9 +143,7 @@ class AedModel(FolderModel, AttentionModel):
     def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AedModel:
         """The model that `save` wrote, in eval mode; with a `dtype` below fp32 the encoder runs under autocast. Raises ModelError."""
         folder = Path(folder)
-        config = read_config(folder)
-        if config.get("type") != "aed":
-            raise ModelError(f"{folder}: is a model of type {config.get('type')}, expected aed: name the folder of an encoder-decoder")
+        config = read_config(folder, kind="aed")
         fields = config["decoder"]
         dims = DecoderDims(**{**fields, "aux": tuple(fields["aux"])})
         model = cls(CtcModel.of_config(config, folder), dims, max_seconds=config["max_seconds"])
@@ -204,10 +202,8 @@ class WhisperAed(AttentionModel):
     @classmethod
     def load(cls, name: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> WhisperAed:
         """The model of a hub id or a folder of transformers."""
-        try:
+        with loading(name, "a Whisper model"):
             model = WhisperForConditionalGeneration.from_pretrained(str(name), dtype=getattr(torch, dtype), attn_implementation="sdpa")
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{name} does not load as a Whisper model: {str(error).strip().splitlines()[0]}") from error
         return cls(model.to(device), TokenizerVocabulary.load(name))  # type: ignore[arg-type]
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from duolect.audio.features import SECONDS_PER_FRAME
 from duolect.audio.io import SAMPLE_RATE
-from duolect.models import ModelError
+from duolect.models import ModelError, loading
 from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoded, Encoder, encoder_from_settings, require_layers, stack_frames
 from duolect.models.hf_encoder import LONGEST, output_lengths, seconds_per_frame, unheard_padding
@@ -271,15 +271,10 @@ class HuggingFaceCtc(AcousticModel):
         """A hub id or local folder. Raises ModelError."""
         from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
-        try:
+        with loading(name, "a CTC model (a folder of ours, or a folder or hub id with a CTC head and a tokenizer)"):
             model = AutoModelForCTC.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
             extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"{name}: is no CTC model that can be loaded ({' '.join(str(error).split())[:200]}): "
-                "name a model folder, a hub id with a CTC head and a tokenizer, or an embedded model"
-            ) from error
         return cls(model, extractor, _vocabulary_of(model.config, tokenizer))
 
     def place(self, device: str) -> None:
@@ -340,15 +335,23 @@ def _padded(log_probs: Sequence[Tensor], vocabulary: Vocabulary) -> CtcOutput:
     return CtcOutput(padded, lengths)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises ModelError."""
+def read_config(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
+    """config.json of a model folder, of a model of that kind. Raises ModelError."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(f"{path}: is missing: {folder} is no model folder; name one with config.json and model.safetensors") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}): copy the model folder again") from error
+    if kind not in (None, config.get("type")):
+        raise ModelError(f"{folder}: is a model of type {config.get('type')}, expected {kind}: name the folder of one")
+    return config
+
+
+def kind_of(name: str | Path) -> str | None:
+    """What kind of model a folder of ours holds; None for anything else."""
+    return read_config(Path(name)).get("type") if Path(name, "config.json").is_file() else None
 
 
 def _differ(one: Vocabulary, other: Vocabulary) -> bool:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelF
 
 from duolect.audio.features import HOP
 from duolect.audio.io import SAMPLE_RATE
-from duolect.models import ModelError
+from duolect.models import loading
 from duolect.models.encoders import Encoded, Encoder, frame_mask, require_layers
 
 LONGEST = 40.0  # seconds: more than the utterances of the usual corpora last
@@ -40,13 +40,11 @@ class HuggingFaceEncoder(Encoder):
     @classmethod
     def load(cls, name: str | Path) -> HuggingFaceEncoder:
         """The encoder of a hub id or folder of transformers; of a CTC model, without its head. Raises ModelError."""
-        try:
+        with loading(name, "a speech encoder"):
             config = AutoConfig.from_pretrained(str(name))
             extractor = AutoFeatureExtractor.from_pretrained(str(name)).to_dict()
             kind = AutoModelForCTC if any("ForCTC" in x for x in config.architectures or ()) else AutoModel
             model = kind.from_pretrained(str(name), dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{name} does not load as a speech encoder: {str(error).strip().splitlines()[0]}") from error
         return cls(_encoder_of(model), extractor)
 
     def features(self, audio: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from duolect.models import ModelError, Precision
+from duolect.models import ModelError, Precision, loading
 from duolect.models.cache import Trie
-from duolect.models.ctc import read_config
+from duolect.models.ctc import kind_of, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.embedded import resolve
 from duolect.models.finetuned import KIND, load_fitted, written_of
@@ -45,7 +45,7 @@ class HFCausalLM(DecoderScorer):
     @classmethod
     def load(cls, name: str | Path, *, dtype: Precision = "float32", device: str = "cpu", prompt: str = "") -> HFCausalLM:
         """The scorer of a hub id, a folder (of transformers or of ours, with vocabulary.json), or a .gguf file."""
-        if _type(name) == "speech_llm":
+        if kind_of(name) == "speech_llm":
             from duolect.models.speech_llm import SpeechLlm  # which needs this file
 
             heard = SpeechLlm.load(name, dtype=dtype, device=device)  # without audio it is a language model
@@ -66,31 +66,24 @@ class HFCausalLM(DecoderScorer):
 
 def load_language_model(name: str | Path, *, dtype: Precision = "float32") -> tuple[PreTrainedModel, Vocabulary]:
     """The model of transformers of a hub id, a folder (of transformers or of ours) or a .gguf file, and its vocabulary. ModelError."""
-    if _type(name) == KIND:
+    if kind_of(name) == KIND:
         return load_fitted(Path(name), load_language_model(resolve(read_config(Path(name))["source"]), dtype=dtype))
     if str(name).endswith(NGRAM_FILES):
         raise ModelError(f"{name}: is an n-gram, expected a causal language model of transformers: name smollm2-135m, a folder or a hub id")
     if not (Path(name) / "config.json").is_file() and (Path(name) / "model" / "config.json").is_file():
         raise ModelError(f"{name}: is the folder of a training run: name {Path(name) / 'model'}")
     source, options = _located(name)
-    try:
+    with loading(name, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa", **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{name} does not load as a causal language model: {str(error).strip().splitlines()[0]}") from error
     return model, _vocabulary(source, model.config, options)
 
 
 def language_vocabulary(name: str | Path) -> Vocabulary:
     """The vocabulary of a model that `HFCausalLM.load` loads, without the weights where they are not needed for it."""
-    if _type(name) in (KIND, "speech_llm"):
+    if kind_of(name) in (KIND, "speech_llm"):
         return HFCausalLM.load(name).vocabulary
     source, options = _located(name)
     return _vocabulary(source, AutoConfig.from_pretrained(source, **options), options)
-
-
-def _type(name: str | Path) -> str | None:
-    """What kind of model a folder of ours holds; None for anything else."""
-    return read_config(Path(name)).get("type") if Path(name, "config.json").is_file() else None
 
 
 def _located(name: str | Path) -> tuple[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ from duolect.models.finetuned import let_learn
 from duolect.models.lm import HFCausalLM, load_language_model, longest_history, output_layer, require_positions
 from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
 from duolect.models.packed import NewNodes, node_cache, packing, run_packed
-from duolect.models.rehead import Initial, label_embeddings, rehead
+from duolect.models.rehead import Initial, label_embeddings, rehead, tied_name
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 
 
@@ -246,17 +246,9 @@ class SpeechLlm(FolderModel, AttentionModel):
         """Tensors of a state dict by their names in a model folder: the CTC part is a CTC model's, what a source has anyway is left out."""
         learned = {name for name, p in self.named_parameters() if p.requires_grad}
         kept = {name: x for name, x in state.items() if name.split(".")[0] not in self.sources or name in learned}
-        if (head := self._tied_name()) is not None:
-            kept.pop(head, None)
+        kept.pop(tied_name(self, self.llm) or "", None)
         ctc = {name.removeprefix("ctc."): x for name, x in kept.items() if name.startswith("ctc.")}
         return {**merged_state(self.ctc, ctc), **{n: x for n, x in kept.items() if not n.startswith("ctc.")}}
-
-    def _tied_name(self) -> str | None:
-        """The state's second name of the embeddings, where they are the output matrix too."""
-        head: Any = self.llm.get_output_embeddings()
-        if head.weight is not self.embeddings.weight:
-            return None
-        return next(f"{name}.weight" for name, module in self.named_modules() if module is head)
 
     def settings(self) -> dict[str, object]:
         return {
@@ -280,9 +272,7 @@ class SpeechLlm(FolderModel, AttentionModel):
     def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> SpeechLlm:
         """The model that `save` wrote, low-rank paths merged, in eval mode. Raises ModelError."""
         folder = Path(folder)
-        config = read_config(folder)
-        if config.get("type") != "speech_llm":
-            raise ModelError(f"{folder}: is a model of type {config.get('type')}, expected speech_llm: name the folder of a speech LLM")
+        config = read_config(folder, kind="speech_llm")
         dims, sources = from_json(config["dims"], where=f"{folder}/config.json"), config["sources"]
         assert isinstance(dims, SpeechLlmDims)
         if "llm" in sources:
