@@ -43,10 +43,8 @@ class AudioWarning(UserWarning):
 def read_audio(source: str | Path | bytes, *, name: str | None = None) -> np.ndarray:
     """The samples [N] of a file or of a file's bytes, N > 0, finite: float32, mono, 16 kHz, full scale 1.
 
-    Channels are averaged, or where they cancel each other, the loudest one is taken. AudioWarning for that, and for clipped samples.
-
-    wav, flac, mp3, ogg, opus and what else libsndfile opens; other formats (m4a, ...) where `ffmpeg` is on the PATH.
-    name: how errors call the source. Raises AudioError.
+    Of all formats of libsndfile; of others (m4a, ...) where `ffmpeg` is on the PATH. Channels are averaged, or where they cancel each
+    other, the loudest one is taken. name: how errors call the source. AudioWarning for such and clipped samples; raises AudioError.
     """
     where = name or ("audio bytes" if isinstance(source, bytes) else str(source))
     start = _start_of(source, where)

@@ -57,11 +57,7 @@ PRESETS = {
 
 
 class ConformerEncoder(Encoder):
-    """Features through a masked batch-norm, three convolutions and the layers.
-
-    All that mixes frames (convolutions, batch-norm statistics, attention) is masked, in training too; only batch-norm hears other
-    utterances in training, as it must.
-    """
+    """Features through a masked batch-norm, three convolutions and the layers; all that mixes frames is masked, in training too."""
 
     def __init__(self, dims: ConformerDims) -> None:
         super().__init__()

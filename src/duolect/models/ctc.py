@@ -93,8 +93,7 @@ class FolderModel(nn.Module, ABC):
 class CtcModel(FolderModel, AcousticModel):
     """An encoder, optionally frames stacked side by side, and a linear layer to the vocabulary with its blank.
 
-    aux: vocabularies (with blank) of further heads, by the encoder layer (from 1) that they hear; they help in training, and each can
-    be loaded as the CTC model.
+    aux: vocabularies (with blank) of further heads, by the encoder layer (from 1) that they hear.
     """
 
     def __init__(

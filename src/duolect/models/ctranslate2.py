@@ -66,10 +66,9 @@ def read_model(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def convert_whisper(model: Path, tokenizer: Path, settings: Path, folder: Path) -> None:
-    """Writes a Hugging Face Whisper folder: weights in fp16 as they came, config, generation config, tokenizer, feature extractor.
+    """Writes a Hugging Face Whisper folder of model.bin, tokenizer.json and `settings`, the config.json beside them. Raises FormatError.
 
-    model: model.bin, settings: the config.json beside it (suppressed tokens, alignment heads). config.json says float32, so that a load
-    without a dtype computes in fp32. Raises FormatError.
+    Weights stay fp16; config.json says float32, so that a load without a dtype computes in fp32.
     """
     weights = whisper_weights(read_model(model))
     folder.mkdir(parents=True, exist_ok=True)

