@@ -67,14 +67,12 @@ def test_defaults_may_be_left_out_and_a_field_type_makes_its_class_known():
     assert recipe == TinyRecipe(TinyWhisper(), 1, Optimizer(peak=1.0))
     with pytest.raises(ConfigError, match="unknown type 'Optimizer'"):
         from_json({"type": "Optimizer"})
-    for known in ([Optimizer], {"Optimizer": Optimizer}):
-        assert from_json({"type": "Optimizer"}, known=known) == Optimizer()
 
 
 def test_infinity_survives():
-    data = to_json(Optimizer(peak=math.inf))
-    assert data["peak"] == "inf"
-    assert from_json(data, known=[Optimizer]).peak == math.inf
+    data = to_json(replace(RECIPE, optimizer=Optimizer(peak=math.inf)))
+    assert data["optimizer"]["peak"] == "inf"
+    assert from_json(data).optimizer.peak == math.inf
 
 
 @registered
@@ -134,7 +132,7 @@ def test_configs_are_values():
     with pytest.raises(ConfigError, match="Loose is not a frozen dataclass"):
         to_json(Loose())
 
-    with pytest.raises(ConfigError, match=r"^a: fields of type list\[int\] are not values"):
+    with pytest.raises(ConfigError, match=r"^a: got \[1\] \(list\), no config value"):
         to_json(Listed([1]))
     with pytest.raises(ConfigError, match="'type' is reserved"):
         registered(Tagged)
@@ -154,7 +152,7 @@ class Tagged:
 
 def test_a_class_may_check_itself():
     with pytest.raises(ConfigError, match=r"^Positive: value must be positive, got 0$"):
-        from_json({"type": "Positive", "value": 0}, known=[Positive])
+        from_json({"type": "Positive", "value": 0})
     with pytest.raises(ConfigError, match="value must be positive, got -1"):
         with_overrides(Positive(1), {"value": "-1"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 C = TypeVar("C")
-Known = Mapping[str, type]
 
 _REGISTERED: dict[str, type] = {}
 _TAG = "type"
@@ -41,16 +41,15 @@ def to_json(config: Any) -> dict[str, Any]:
     """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise ConfigError(f"expected a config (an instance of a frozen dataclass), got {_show(config)}")
-    return _encode(config, "", {**_REGISTERED})
+    return _encode(config, "")
 
 
-def from_json(data: Mapping[str, Any], *, known: Known | Iterable[type] | None = None, where: str = "") -> Any:
+def from_json(data: Mapping[str, Any], *, where: str = "") -> Any:
     """The config that `to_json` turned into `data`; a field that is left out takes its default.
 
-    known: classes that a tag may name, besides the registered ones and the ones that field types name. where: put before the dotted names
-    in messages (a file name).
+    A tag may name registered classes and those that field types name. where: put before the dotted names in messages (a file name).
     """
-    value = _convert(data, Any, where, _known(known))
+    value = _convert(data, Any, where)
     if not dataclasses.is_dataclass(value):
         raise ConfigError(f"{where or 'config'}: expected an object with a {_TAG!r} tag, got {_show(data)}")
     return value
@@ -58,12 +57,11 @@ def from_json(data: Mapping[str, Any], *, known: Known | Iterable[type] | None =
 
 def diff(a: Any, b: Any) -> list[str]:
     """What changes from a to b, as `field: old -> new` lines in field order; a and b are configs or their JSON."""
-    old, new = ({k: v for k, v in _flat(x if isinstance(x, Mapping) else to_json(x), "")} for x in (a, b))
-    lines = []
-    for name in {**old, **new}:
-        if old.get(name, _ABSENT) != new.get(name, _ABSENT):
-            lines.append(f"{name}: {_scalar(old.get(name, _ABSENT))} -> {_scalar(new.get(name, _ABSENT))}")
-    return lines
+    old, new = (
+        {name: json.dumps(v, ensure_ascii=False) for name, v in _flat(x if isinstance(x, Mapping) else to_json(x), "")} for x in (a, b)
+    )
+    changes = {name: (old.get(name, "(absent)"), new.get(name, "(absent)")) for name in {**old, **new}}
+    return [f"{name}: {was} -> {now}" for name, (was, now) in changes.items() if was != now]
 
 
 def digest(config: Any) -> str:
@@ -72,37 +70,25 @@ def digest(config: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:10]
 
 
-def with_overrides(config: C, overrides: Mapping[str, Any], *, known: Known | Iterable[type] | None = None) -> C:
+def with_overrides(config: C, overrides: Mapping[str, Any]) -> C:
     """The config with the named fields replaced: {"train.steps": "3", "model.blocks.0.dim": 64, "scales.llm": "0.3"}.
 
     Text is read by the field's type: 3, 0.5, true, none, "a,b" or [..] for tuples, {"type": ...} or a class name for a nested config.
     """
-    classes = _known(known)
     for dotted, value in overrides.items():
         if not dotted:
             raise ConfigError("an override needs a dotted field name, got ''")
-        config = _replaced(config, type(config), dotted.split("."), value, "", classes, root=config)
+        config = _replaced(config, type(config), dotted.split("."), value, "", root=config)
     return config
 
 
 # ---- types -------------------------------------------------------------------------------------------------------------------------
 
-_ABSENT = object()
-
-
-def _known(known: Known | Iterable[type] | None) -> dict[str, type]:
-    if isinstance(known, Mapping):
-        return {**_REGISTERED, **typing.cast(Known, known)}
-    return {**_REGISTERED, **{cls.__name__: cls for cls in known or ()}}
-
 
 def _fields(cls: type, where: str) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """Name -> (type, field) of a config class's constructor; ConfigError unless it is a frozen dataclass."""
     _require_value_class(cls, where)
-    try:
-        hints = typing.get_type_hints(cls)
-    except NameError as error:
-        raise ConfigError(f"{cls.__module__}.{cls.__name__}: a field's type cannot be resolved ({error}); import it at run time") from error
+    hints = typing.get_type_hints(cls)
     return {f.name: (hints[f.name], f) for f in dataclasses.fields(cls) if f.init}
 
 
@@ -149,37 +135,35 @@ def _join(where: str, name: str | int) -> str:
 # ---- values ------------------------------------------------------------------------------------------------------------------------
 
 
-def _convert(value: Any, hint: Any, where: str, known: Known) -> Any:
+def _convert(value: Any, hint: Any, where: str) -> Any:
     """The Python value of `value` (JSON or Python already) under the type `hint`; ConfigError if it does not fit."""
     origin = get_origin(hint)
     if hint is Any:
         if isinstance(value, Mapping) and _TAG in value:
-            return _build(value, hint, where, known)
+            return _build(value, hint, where)
         if isinstance(value, Mapping):
-            return {k: _convert(v, Any, _join(where, k), known) for k, v in value.items()}
+            return {k: _convert(v, Any, _join(where, k)) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
-            return tuple(_convert(v, Any, _join(where, i), known) for i, v in enumerate(value))
+            return tuple(_convert(v, Any, _join(where, i)) for i, v in enumerate(value))
         return value
     if _is_union(hint):
-        return _convert_union(value, hint, where, known)
+        return _convert_union(value, hint, where)
     if origin is Literal:
         if not any(type(value) is type(x) and value == x for x in get_args(hint)):
             raise _wrong(where, value, hint, [str(x) for x in get_args(hint)])
         return value
-    if origin is tuple or hint is tuple:
-        return _convert_tuple(value, hint, where, known)
+    if origin is tuple:
+        return _convert_tuple(value, hint, where)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
             raise _wrong(where, value, hint)
-        return {k: _convert(v, get_args(hint)[1], _join(where, k), known) for k, v in value.items()}
-    if origin in (list, set, Sequence) or hint in (list, set, dict):
-        raise ConfigError(f"{where}: fields of type {_named(hint)} are not values; use tuple[X, ...] or Mapping[str, X]")
+        return {k: _convert(v, get_args(hint)[1], _join(where, k)) for k, v in value.items()}
     if hint in (int, float, str, bool, type(None), Path):
         return _convert_scalar(value, hint, where)
     hint = origin or hint
     if isinstance(value, Mapping):
-        return _build(value, hint, where, known)
-    if isinstance(hint, type) and (_is_protocol(hint) or isinstance(value, hint)):
+        return _build(value, hint, where)
+    if isinstance(hint, type) and isinstance(value, hint):
         return value
     raise _wrong(where, value, hint)
 
@@ -198,18 +182,18 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> Any:
     raise _wrong(where, value, hint)
 
 
-def _convert_tuple(value: Any, hint: Any, where: str, known: Known) -> tuple[Any, ...]:
-    arguments = get_args(hint) or (Any, ...)
+def _convert_tuple(value: Any, hint: Any, where: str) -> tuple[Any, ...]:
+    arguments = get_args(hint)
     if not isinstance(value, (list, tuple)):
         raise _wrong(where, value, hint)
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         arguments = (arguments[0],) * len(value)
     if len(arguments) != len(value):
         raise ConfigError(f"{where}: got {len(value)} elements, expected {len(arguments)}: {_named(hint)}")
-    return tuple(_convert(v, t, _join(where, i), known) for i, (v, t) in enumerate(zip(value, arguments, strict=True)))
+    return tuple(_convert(v, t, _join(where, i)) for i, (v, t) in enumerate(zip(value, arguments, strict=True)))
 
 
-def _convert_union(value: Any, hint: Any, where: str, known: Known) -> Any:
+def _convert_union(value: Any, hint: Any, where: str) -> Any:
     # A field of `float | int` must keep 3 an int: the exact type is tried first. A tag that names an arm decides.
     arms = sorted(get_args(hint), key=lambda t: type(value) is not t)
     if isinstance(value, Mapping):
@@ -217,7 +201,7 @@ def _convert_union(value: Any, hint: Any, where: str, known: Known) -> Any:
     deeper: ConfigError | None = None
     for arm in arms:
         try:
-            return _convert(value, arm, where, known)
+            return _convert(value, arm, where)
         except ConfigError as error:
             # An object with a tag fits at most one arm; what is wrong inside it is the message to show.
             deeper = error if isinstance(value, Mapping) and not _is_scalar(arm) else deeper
@@ -228,26 +212,22 @@ def _is_scalar(hint: Any) -> bool:
     return hint in (int, float, str, bool, type(None), Path) or get_origin(hint) is Literal
 
 
-def _is_protocol(hint: Any) -> bool:
-    return getattr(hint, "_is_protocol", False)
-
-
-def _build(data: Mapping[str, Any], hint: Any, where: str, known: Known) -> Any:
+def _build(data: Mapping[str, Any], hint: Any, where: str) -> Any:
     """The dataclass instance that a tagged object describes; `hint` is the class expected, or Any."""
     own = {hint.__name__: hint} if isinstance(hint, type) and dataclasses.is_dataclass(hint) else {}
     name = data.get(_TAG, hint.__name__ if own else None)
     if name is None:
         raise ConfigError(f"{where or 'config'}: the object has no {_TAG!r} tag; it has {sorted(map(str, data))[:8]}")
-    cls = {**known, **own}.get(name)
+    cls = {**_REGISTERED, **own}.get(name)
     if cls is None:
-        raise _unknown(f"{_join(where, _TAG)}: unknown type {name!r}", name, [*own, *known])
-    if hint is not Any and isinstance(hint, type) and not _is_protocol(hint) and hint not in cls.__mro__:
+        raise _unknown(f"{_join(where, _TAG)}: unknown type {name!r}", name, [*own, *_REGISTERED])
+    if hint is not Any and isinstance(hint, type) and hint not in cls.__mro__:
         raise ConfigError(f"{where or 'config'}: got a {name}, expected a {_named(hint)}")
     fields = _fields(cls, where)
     for given in data:
         if given != _TAG and given not in fields:
             raise _unknown(f"{_join(where, given)}: unknown field of {name}", given, list(fields))
-    values = {k: _convert(v, fields[k][0], _join(where, k), known) for k, v in data.items() if k != _TAG}
+    values = {k: _convert(v, fields[k][0], _join(where, k)) for k, v in data.items() if k != _TAG}
     absent = [k for k, (_, f) in fields.items() if k not in values and f.default is f.default_factory is dataclasses.MISSING]
     if absent:
         raise ConfigError(f"{_join(where, absent[0])}: missing; {name} has no default for {', '.join(absent)}")
@@ -268,15 +248,15 @@ def _unknown(text: str, name: str, candidates: Sequence[str]) -> ConfigError:
     return ConfigError(f"{text}; did you mean {near[0]!r}?" if near else f"{text}; known: {', '.join(sorted(candidates)[:12]) or 'none'}")
 
 
-def _encode(value: Any, where: str, known: Known) -> Any:
+def _encode(value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = _fields(type(value), where)
-        checked = {k: _convert(getattr(value, k), t, _join(where, k), known) for k, (t, _) in fields.items()}
-        return {_TAG: type(value).__name__, **{k: _encode(v, _join(where, k), known) for k, v in checked.items()}}
+        checked = {k: _convert(getattr(value, k), t, _join(where, k)) for k, (t, _) in fields.items()}
+        return {_TAG: type(value).__name__, **{k: _encode(v, _join(where, k)) for k, v in checked.items()}}
     if isinstance(value, tuple):
-        return [_encode(v, _join(where, i), known) for i, v in enumerate(value)]
+        return [_encode(v, _join(where, i)) for i, v in enumerate(value)]
     if isinstance(value, Mapping):
-        return {k: _encode(v, _join(where, k), known) for k, v in value.items()}
+        return {k: _encode(v, _join(where, k)) for k, v in value.items()}
     if isinstance(value, Path):
         return value.as_posix()
     if isinstance(value, float) and math.isinf(value):
@@ -299,17 +279,13 @@ def _flat(value: Any, where: str) -> Iterable[tuple[str, Any]]:
         yield from _flat(inner, _join(where, name))
 
 
-def _scalar(value: Any) -> str:
-    return "(absent)" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
-
-
 # ---- overrides ---------------------------------------------------------------------------------------------------------------------
 
 
-def _replaced(value: Any, hint: Any, path: Sequence[str], new: Any, where: str, known: Known, *, root: Any) -> Any:
+def _replaced(value: Any, hint: Any, path: Sequence[str], new: Any, where: str, *, root: Any) -> Any:
     """`value` with the thing at `path` below it replaced."""
     if not path:
-        return _parsed(new, hint, where, known) if isinstance(new, str) else _convert(new, hint, where, known)
+        return _parsed(new, hint, where) if isinstance(new, str) else _convert(new, hint, where)
     name, inner = path[0], _join(where, path[0])
     if dataclasses.is_dataclass(value):
         fields = _fields(type(value), where)
@@ -318,17 +294,17 @@ def _replaced(value: Any, hint: Any, path: Sequence[str], new: Any, where: str, 
             same_end = [n for n in names if n.split(".")[-1] == path[-1]]  # the right name in the wrong place
             asked = same_end[0] if same_end else ".".join([*where.split("."), *path])
             raise _unknown(f"{inner}: unknown field of {type(value).__name__}", asked.strip("."), [*names, *fields])
-        changed = _replaced(getattr(value, name), fields[name][0], path[1:], new, inner, known, root=root)
+        changed = _replaced(getattr(value, name), fields[name][0], path[1:], new, inner, root=root)
         return _made(type(value), {**{k: getattr(value, k) for k in fields}, name: changed}, where)
     if isinstance(value, Mapping):
         if len(path) > 1 and name not in value:
             raise _unknown(f"{inner}: no such entry", name, list(value))
-        return {**value, name: _replaced(value.get(name), _inside(hint, Mapping, 0), path[1:], new, inner, known, root=root)}
+        return {**value, name: _replaced(value.get(name), _inside(hint, Mapping, 0), path[1:], new, inner, root=root)}
     if isinstance(value, tuple):
         if not name.isdigit() or int(name) >= len(value):
             raise ConfigError(f"{inner}: got index {name!r}, expected 0 .. {len(value) - 1}")
         i = int(name)
-        return (*value[:i], _replaced(value[i], _inside(hint, tuple, i), path[1:], new, inner, known, root=root), *value[i + 1 :])
+        return (*value[:i], _replaced(value[i], _inside(hint, tuple, i), path[1:], new, inner, root=root), *value[i + 1 :])
     raise ConfigError(f"{inner}: {where} is {_show(value)} and has no fields; set it whole first: {where}='{{\"{_TAG}\": ...}}'")
 
 
@@ -343,41 +319,40 @@ def _inside(hint: Any, kind: type, index: int) -> Any:
     return Any
 
 
-def _parsed(text: str, hint: Any, where: str, known: Known) -> Any:
+def _parsed(text: str, hint: Any, where: str) -> Any:
     """The value that text on a command line means for a field of this type."""
     if _is_union(hint):
-        arms = get_args(hint)
-        if type(None) in arms and text.lower() in ("none", "null"):
-            return None
-        for arm in sorted((x for x in arms if x is not type(None)), key=lambda x: x is str):
-            try:
-                return _parsed(text, arm, where, known)
-            except ConfigError:
-                continue
+        for arm in sorted(get_args(hint), key=lambda x: (x is str, x is not type(None))):  # any text is a str
+            with contextlib.suppress(ConfigError):
+                return _parsed(text, arm, where)
         raise _wrong(where, text, hint)
-    if get_origin(hint) is Literal:
-        found = [x for x in get_args(hint) if str(x).lower() == text.lower()]
-        return found[0] if found else _convert(text, hint, where, known)
-    if hint is bool:
-        found = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.lower())
-        return _convert(text if found is None else found, bool, where, known)
-    if hint in (int, float):
-        try:
-            return _convert(hint(text), hint, where, known)
-        except ValueError:
-            raise _wrong(where, text, hint) from None
     if hint in (str, Path):
         return hint(text)
     if get_origin(hint) is tuple and not text.lstrip().startswith("["):
         pieces = [x.strip() for x in text.split(",")] if text.strip() else []
         kinds = [_inside(hint, tuple, min(i, len(get_args(hint)) - 1)) for i in range(len(pieces))]
-        parsed = [_parsed(x, kind, _join(where, i), known) for i, (x, kind) in enumerate(zip(pieces, kinds, strict=True))]
-        return _convert_tuple(parsed, hint, where, known)
-    if text.isidentifier() and text in {**known, _named(hint): hint} and hint is not Any:
-        return _build({_TAG: text}, hint, where, known)
-    try:
-        return _convert(json.loads(text), hint, where, known)
-    except json.JSONDecodeError:
-        if hint is Any:
-            return text
-        raise _wrong(where, text, hint, list(known)) from None
+        parsed = [_parsed(x, kind, _join(where, i)) for i, (x, kind) in enumerate(zip(pieces, kinds, strict=True))]
+        return _convert_tuple(parsed, hint, where)
+    value: Any = text
+    if get_origin(hint) is Literal:
+        value = next((x for x in get_args(hint) if str(x).lower() == text.lower()), text)
+    elif hint in _WORDS:
+        value = _WORDS[hint].get(text.lower(), text)
+    elif hint in (int, float):
+        with contextlib.suppress(ValueError):
+            value = hint(text)
+    elif hint is not Any and text.isidentifier() and text in {**_REGISTERED, _named(hint): hint}:
+        value = {_TAG: text}
+    else:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            if hint is not Any:
+                raise _wrong(where, text, hint, list(_REGISTERED)) from None
+    return _convert(value, hint, where)
+
+
+_WORDS: Mapping[type, Mapping[str, Any]] = {
+    bool: {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False},
+    type(None): {"none": None, "null": None},
+}

@@ -1,4 +1,4 @@
-"""Run folders: what was run (recipe.json), with what (env.json) and how it went (metrics.jsonl)."""
+"""Run folders: what was run (recipe.json) and with what (env.json)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duolect import __version__
 from duolect.config import ConfigError, diff, digest, from_json, to_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGES = (
     "torch",
@@ -76,22 +79,29 @@ def write_json(path: str | Path, data: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def readable(path: Path) -> None:
-    """Gives a file the rights that `open` would have given it: safetensors makes files that others cannot read."""
-    mask = os.umask(0)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file whole or not at all, as `write_json` does."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.part")
+    save_file(dict(tensors), temporary, metadata=dict(metadata))
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    mask = os.umask(0)  # safetensors makes files that others cannot read
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    temporary.chmod(0o666 & ~mask)
+    temporary.replace(path)
 
 
-def environment(*, device: str, seed: int, command: Sequence[str] | None = None) -> dict[str, Any]:
+def environment(*, device: str, seed: int) -> dict[str, Any]:
     """What a run ran in, as JSON values: duolect and its commit, Python, platform, packages, device, seed, command line."""
-    here = source()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(command if command is not None else sys.argv),
+        "command": shlex.join(sys.argv),
         "seed": seed,
         "device": device,
-        "duolect": {"version": here.version, "commit": here.commit, "dirty": here.dirty},
+        "duolect": asdict(source()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -99,87 +109,29 @@ def environment(*, device: str, seed: int, command: Sequence[str] | None = None)
     }
 
 
-class RunFolder:
-    """One run on disk. It has identity: open it once per process, and let one process (rank 0) write."""
+def open_run(path: str | Path, *, recipe: Any, device: str, seed: int) -> None:
+    """Makes the folder of this recipe, or takes it up again; every start is added to env.json. One process (the first) may call it.
 
-    def __init__(self, path: Path, *, recipe_digest: str, resumed: bool) -> None:
-        self.path, self.recipe_digest, self.resumed = path, recipe_digest, resumed
-
-    @classmethod
-    def open(cls, path: str | Path, *, recipe: Any, device: str, seed: int, command: Sequence[str] | None = None) -> RunFolder:
-        """The folder of this recipe, made or (`resumed`) taken up again; every start is added to env.json.
-
-        RunError if the folder belongs to another recipe (the message lists the fields), or holds other things and no recipe.
-        """
-        path = Path(path)
-        wanted, recipe_path = to_json(recipe), path / "recipe.json"
-        resumed = recipe_path.is_file()
-        if resumed:
-            _require_same_recipe(recipe_path, recipe, wanted)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunError(f"{path} exists and is no run folder (no recipe.json); give a new folder, or remove this one")
-        run = cls(path, recipe_digest=digest(wanted), resumed=resumed)
-        starts = _read_json(run.env_path)["starts"] if run.env_path.is_file() else []
-        starts.append(environment(device=device, seed=seed, command=command))
-        write_json(run.env_path, {"recipe_digest": run.recipe_digest, "starts": starts})
-        if not resumed:  # the recipe last: a folder with a recipe has all the rest
-            write_json(recipe_path, wanted)
-        run._repair_metrics()
-        return run
-
-    @property
-    def env_path(self) -> Path:
-        return self.path / "env.json"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    def decoded(self, *, decoding: str, corpus: str) -> Path:
-        """Where the hypotheses of a decoding of a corpus belong."""
-        return self.path / "decode" / decoding / f"{corpus}.jsonl"
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Appends one line to metrics.jsonl, flushed; ValueError for a value JSON does not know (NaN included: stop, or log it as text)."""
-        line = json.dumps(dict(values), ensure_ascii=False, allow_nan=False)
-        with open(self.metrics_path, "a", encoding="utf-8") as out:
-            out.write(line + "\n")
-
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """The logged lines in order; a torn last line (a killed run) is left out."""
-        if not self.metrics_path.is_file():
-            return
-        with open(self.metrics_path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    if not line.endswith("\n"):
-                        return
-                    raise RunError(f"{self.metrics_path}:{number}: not JSON ({error})") from error
-
-    def rewind(self, *, step: int) -> None:
-        """Drops logged lines whose "step" is beyond `step`: a resumed run repeats them."""
-        kept = [line for line in self.metrics() if line.get("step", step) <= step]
-        _replace_text(self.metrics_path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-
-    def _repair_metrics(self) -> None:
-        # A line torn by a kill would swallow the next one that is appended.
-        if self.metrics_path.is_file():
-            data = self.metrics_path.read_bytes()
-            if data and not data.endswith(b"\n"):
-                _replace_text(self.metrics_path, data[: data.rfind(b"\n") + 1].decode("utf-8"))
+    RunError if the folder belongs to another recipe (the message lists the fields), or holds other things and no recipe.
+    """
+    path = Path(path)
+    wanted, recipe_path, env_path = to_json(recipe), path / "recipe.json", path / "env.json"
+    resumed = recipe_path.is_file()
+    if resumed:
+        _require_same_recipe(recipe_path, wanted)
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} exists and is no run folder (no recipe.json); give a new folder, or remove this one")
+    starts = _read_json(env_path)["starts"] if env_path.is_file() else []
+    write_json(env_path, {"recipe_digest": digest(wanted), "starts": [*starts, environment(device=device, seed=seed)]})
+    if not resumed:  # the recipe last: a folder with a recipe has all the rest
+        write_json(recipe_path, wanted)
 
 
-def _require_same_recipe(path: Path, recipe: Any, wanted: Mapping[str, Any]) -> None:
+def _require_same_recipe(path: Path, wanted: Mapping[str, Any]) -> None:
     stored = _read_json(path)
     try:
         # A recipe written before a field existed had that field's default.
-        stored_now = to_json(from_json(stored, known=_classes(recipe), where=str(path)))
+        stored_now = to_json(from_json(stored))
     except ConfigError:
         stored_now = stored
     if digest(stored_now) != digest(wanted):
@@ -191,28 +143,11 @@ def _require_same_recipe(path: Path, recipe: Any, wanted: Mapping[str, Any]) -> 
         )
 
 
-def _classes(value: Any) -> list[type]:
-    """Every class of a config and of the configs inside it."""
-    if isinstance(value, (tuple, list)):
-        return [cls for inner in value for cls in _classes(inner)]
-    if isinstance(value, Mapping):
-        return _classes(list(value.values()))
-    if not hasattr(value, "__dataclass_fields__"):
-        return []
-    return [type(value), *_classes([getattr(value, name) for name in value.__dataclass_fields__])]
-
-
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: not JSON ({error}); restore it or remove the folder") from error
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _version(name: str) -> str | None:

@@ -232,17 +232,18 @@ class TokenizerVocabulary(Vocabulary):
         if not ends:
             raise VocabularyError("the tokenizer has no end-of-text token; name one with eos=<index>")
         self.eos = ends[0]
-        starts = [x for x in (bos, own_bos, self.eos) if x is not None]
-        self.bos = starts[0]
+        self.bos = next(x for x in (bos, own_bos, self.eos) if x is not None)
         self._special = set(tokenizer.all_special_ids) | {self.bos, self.eos} | ({blank} if blank is not None else set())
         self._continues = any(p.startswith("##") for p in self._pieces)
 
     @classmethod
-    def load(cls, folder: str | Path, *, bos: int | None = None, eos: int | None = None, **options: Any) -> TokenizerVocabulary:
+    def load(
+        cls, folder: str | Path, *, bos: int | None = None, eos: int | None = None, blank: int | None = None, **options: Any
+    ) -> TokenizerVocabulary:
         """The tokenizer of a hub id or a local folder."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(str(folder), **options), bos=bos, eos=eos)
+        return cls(AutoTokenizer.from_pretrained(str(folder), **options), bos=bos, eos=eos, blank=blank)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -290,9 +291,7 @@ def load_vocabulary(folder: str | Path) -> Vocabulary:
     if kind == "characters":
         return CharacterVocabulary(fields.pop("symbols"), **fields)
     if kind == "tokenizer":
-        from transformers import AutoTokenizer
-
-        return TokenizerVocabulary(AutoTokenizer.from_pretrained(str(folder)), bos=fields["bos"], eos=fields["eos"], blank=fields["blank"])
+        return TokenizerVocabulary.load(folder, **fields)
     raise VocabularyError(f"{path}: type {kind!r} is unknown; known: sentencepiece, characters, tokenizer")
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from duolect.audio.augment import (
-    NO_AUGMENTATION,
     Augmentation,
     SpecAugment,
     add_noise,
@@ -18,6 +17,7 @@ from duolect.audio.augment import (
     speed_for,
 )
 
+NO_AUGMENTATION = Augmentation(speeds=(1.0,), noise_chance=0.0, spec=None)
 SPEECH = np.sin(np.arange(16000) * 0.05).astype(np.float32) * 0.3
 
 

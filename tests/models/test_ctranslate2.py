@@ -115,10 +115,8 @@ def test_what_is_no_whisper_model_is_refused(tmp_path: Path, weights: dict[str, 
     (tmp_path / "torn.bin").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FormatError, match="was cut off"):
         read_model(tmp_path / "torn.bin")
-    with pytest.raises(FormatError, match="without a place"):
+    with pytest.raises(FormatError, match="adapter/weight has no place"):
         whisper_weights({**variables, "encoder/layer_0/adapter/weight": np.zeros((2, 2), np.float16)})
-    with pytest.raises(FormatError, match="conv1/weight is missing"):
-        whisper_weights({k: v for k, v in variables.items() if k != "encoder/conv1/weight"})
 
 
 def test_a_tokenizer_without_its_first_merge_is_completed():

@@ -53,7 +53,7 @@ def test_the_main_head_stays_where_it_was_when_layers_are_added(tmp_path: Path) 
     assert text[2].startswith("new (") and "encoder.layers.2" in text[2] and "head" in text[2]
 
 
-def test_an_aed_from_an_aed_of_another_vocabulary_and_from_a_bare_state(tmp_path: Path) -> None:
+def test_an_aed_from_an_aed_of_another_vocabulary_and_of_the_same(tmp_path: Path) -> None:
     dims = DecoderDims.of(layers=2, dim=16)
     source, model = AedModel(ctc(2), dims), AedModel(ctc(2, CD, seed=1), dims)
     source.save(tmp_path, card="", dtype=torch.float32)
@@ -62,23 +62,26 @@ def test_an_aed_from_an_aed_of_another_vocabulary_and_from_a_bare_state(tmp_path
     assert report.skipped["decoder.embedding.weight"] == f"rows are labels of vocabulary {AB.digest()}, the model's is {CD.digest()}"
     assert sorted(report.new) == ["decoder.aux.1.1.weight", "decoder.embedding.weight", "head.bias", "head.weight"]
     twin = AedModel(ctc(2, seed=2), dims)
-    assert not (report := warm_start(twin, source.state_dict())).new and not report.skipped
-    save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "weights.safetensors")
-    assert not warm_start(AedModel(ctc(2, seed=2), dims), tmp_path / "weights.safetensors").new
+    assert not (report := warm_start(twin, tmp_path)).new and not report.skipped
     for name, x in source.weights().items():
         assert torch.equal(x, twin.weights()[name])
 
 
 def test_other_shapes_and_encoders_are_named(tmp_path: Path) -> None:
     source = ctc(1)
-    report = warm_start(ctc(1, dim=32), source.state_dict())
+    source.save(tmp_path / "small", card="")
+    report = warm_start(ctc(1, dim=32), tmp_path / "small")
     assert "shape [16], expected [32]" in report.skipped.values() and "encoder.norm.running_mean" in report.loaded
     whisper = CtcModel(WhisperEncoder(WhisperDims(dim=16, layers=1, heads=2)), AB)
     whisper.save(tmp_path, card="")
     report = warm_start(source, tmp_path)
     assert report.loaded == ("head.bias", "head.weight") or report.loaded == ("head.weight", "head.bias")
     assert report.skipped["encoder.layer_norm.weight"] == "of a whisper encoder, the model's is a conformer"
-    with pytest.raises(ModelError, match=r"the state: nothing of it fits the model: the model has no such weight \(1\)"):
-        warm_start(source, {"x": torch.zeros(1)})
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"nothing of it fits the model: the model has no such weight \(1\)"):
+        warm_start(source, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot be read"):
-        warm_start(source, tmp_path / "nothing.safetensors")
+        warm_start(source, tmp_path)
+    with pytest.raises(ModelError, match="is no model folder"):
+        warm_start(source, tmp_path / "nothing")

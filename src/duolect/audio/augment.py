@@ -37,9 +37,6 @@ class Augmentation:
     spec: SpecAugment | None = field(default_factory=SpecAugment)
 
 
-NO_AUGMENTATION = Augmentation(speeds=(1.0,), noise_chance=0.0, spec=None)
-
-
 def random_for(seed: int, epoch: int, utterance: str, purpose: str = "augment") -> np.random.Generator:
     """The generator that belongs to these four, the same on every machine and in every order of calls."""
     digest = hashlib.sha256(f"{seed}/{epoch}/{utterance}/{purpose}".encode()).digest()

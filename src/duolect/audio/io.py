@@ -43,10 +43,8 @@ class AudioWarning(UserWarning):
 def read_audio(source: str | Path | bytes, *, name: str | None = None) -> np.ndarray:
     """The samples [N] of a file or of a file's bytes, N > 0, finite: float32, mono, 16 kHz, full scale 1.
 
-    Channels are averaged, or where they cancel each other, the loudest one is taken. AudioWarning for that, and for clipped samples.
-
-    wav, flac, mp3, ogg, opus and what else libsndfile opens; other formats (m4a, ...) where `ffmpeg` is on the PATH.
-    name: how errors call the source. Raises AudioError.
+    Of all formats of libsndfile; of others (m4a, ...) where `ffmpeg` is on the PATH. Channels are averaged, or where they cancel each
+    other, the loudest one is taken. name: how errors call the source. AudioWarning for such and clipped samples; raises AudioError.
     """
     where = name or ("audio bytes" if isinstance(source, bytes) else str(source))
     start = _start_of(source, where)
@@ -194,9 +192,7 @@ def _at_full_scale(samples: np.ndarray, where: str) -> np.ndarray:
 
 def _decode_by_ffmpeg(source: str | Path | bytes, where: str, start: bytes, error: Exception) -> tuple[np.ndarray, int]:
     """(mono samples [N], their rate): ffmpeg only unpacks, so that mixing and resampling are the same for all formats."""
-    program = shutil.which("ffmpeg")
-    if program is None:
-        raise _not_decodable(where, start, error)
+    program = _program("ffmpeg", where, start, error)
     with tempfile.TemporaryDirectory() as folder:
         packed, unpacked = Path(folder, "packed"), Path(folder, "unpacked.wav")
         if isinstance(source, bytes):
@@ -218,9 +214,7 @@ def _decode_by_ffmpeg(source: str | Path | bytes, where: str, start: bytes, erro
 
 
 def _duration_by_ffprobe(path: Path, start: bytes, error: Exception) -> float:
-    program = shutil.which("ffprobe")
-    if program is None:
-        raise _not_decodable(str(path), start, error)
+    program = _program("ffprobe", str(path), start, error)
     options = "-v error -protocol_whitelist file,pipe -show_entries format=duration -of csv=p=0"
     command = [program, *options.split(), f"file:{path.absolute()}"]
     done = subprocess.run(command, capture_output=True, check=False, text=True, errors="replace")
@@ -231,13 +225,16 @@ def _duration_by_ffprobe(path: Path, start: bytes, error: Exception) -> float:
         raise AudioError(f"{path}: neither libsndfile nor ffprobe can read it ({why}): is it audio, and whole? replace it") from None
 
 
-def _not_decodable(where: str, start: bytes, error: Exception) -> AudioError:
+def _program(name: str, where: str, start: bytes, error: Exception) -> str:
+    """The path of ffmpeg's program that may open what libsndfile could not (`error`); AudioError where it is not installed."""
+    if (program := shutil.which(name)) is not None:
+        return program
     if start.startswith(_KNOWN_STARTS) or Path(where).suffix.lower() in _OURS:
-        return AudioError(
+        raise AudioError(
             f"{where}: cannot be decoded ({_one_line(error)}; it starts with {start[:8]!r}): "
             "it is corrupt or not what its name says; fetch it again or convert it to wav or flac"
         )
-    return AudioError(
+    raise AudioError(
         f"{where}: its format is unknown to libsndfile ({_one_line(error)}; it starts with {start[:8]!r}): "
         "install ffmpeg (m4a, mp4, webm, wma, ...), or convert it to wav or flac"
     )

@@ -47,8 +47,7 @@ class AdapterDims:
 class Adapter(nn.Module):
     """[B, T, D] frames to [B, T', W]; what an utterance gets does not depend on the padding.
 
-    vocabularies: the CTC head's and the language model's. spread: standard deviation of the language model's embeddings, which the output
-    has at first.
+    vocabularies: the CTC head's and the language model's. spread: of the language model's embeddings, which the output has at first.
     embeddings: [V, W], see AdapterDims.labels.
     """
 

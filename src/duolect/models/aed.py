@@ -19,21 +19,18 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from duolect.audio.features import SECONDS_PER_FRAME, whisper_log_mel
 from duolect.audio.io import SAMPLE_RATE
-from duolect.models import ModelError
+from duolect.models import ModelError, Precision, loading
 from duolect.models.attention_decoder import AttentionDecoder, DecoderDims, histories
 from duolect.models.cache import Trie
-from duolect.models.ctc import CtcModel, Heads, load_weights, read_config, save_model
+from duolect.models.ctc import CtcModel, FolderModel, Heads, kind_of, load_weights, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.encoders import Encoded, Encoder, frame_mask
-from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, use_packed_attention
-from duolect.models.windows import Window, Windowing
+from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, run_packed, use_packed_attention
+from duolect.models.windows import Windowing
 from duolect.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
-
-Precision = Literal["float32", "bfloat16", "float16"]
 
 WINDOW_SECONDS = 30.0
 """Whisper's encoder was trained on windows of exactly this length; shorter audio is padded to it with silence."""
-
 
 ENGLISH_ONLY_ROWS = 51864
 """Output rows of the English-only models, which take no language and task label; the multilingual ones have more."""
@@ -56,7 +53,7 @@ class AttentionModel(ABC):
 
 def load_attention_model(name: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AttentionModel:
     """The encoder-decoder or speech LLM of a model folder of ours, or Whisper of a folder or hub id. Raises ModelError."""
-    kind = read_config(Path(name)).get("type") if (Path(name) / "config.json").is_file() else None
+    kind = kind_of(name)
     if kind == "speech_llm":
         from duolect.models.speech_llm import SpeechLlm  # which needs this file
 
@@ -74,16 +71,15 @@ class AudioScorer(DecoderScorer):
     ) -> None:
         self.output, self.vocabulary, self.prompt, self.heard = output, vocabulary, list(prompt), heard
 
-    def _begin(self, rows: int) -> Trie:
-        weight, utterances = self.output.weight, len(self.heard[0][0])
-        if rows != utterances:
+    def _cache(self, rows: int) -> Cache:
+        if rows != (utterances := len(self.heard[0][0])):
             raise ModelError(f"{rows} rows asked for, but the audio of {utterances} utterances was encoded")
         cross = Cache(layers=[NodeLayer() for _ in self.heard])
         for layer, (keys, values) in zip(cross.layers, self.heard, strict=True):
             layer.fill(keys, values)  # pyright: ignore[reportAttributeAccessIssue]
         cache = EncoderDecoderCache(node_cache(len(self.heard)), cross)
         cache.is_updated = dict.fromkeys(range(len(self.heard)), True)
-        return Trie.empty(rows, width=weight.shape[1], cache=cache, device=weight.device, dtype=weight.dtype)
+        return cache
 
     def _prompts(self, rows: int) -> list[list[int]]:
         return [self.prompt] * rows
@@ -99,7 +95,7 @@ class AedOutput:
     targets: Tensor
 
 
-class AedModel(nn.Module, AttentionModel):
+class AedModel(FolderModel, AttentionModel):
     """An encoder with CTC heads and a decoder over the main head's labels without blank, in one model folder.
 
     As an acoustic model the folder is its CTC part (`load_acoustic_model`). max_seconds: of audio that the decoder is asked about.
@@ -135,37 +131,19 @@ class AedModel(nn.Module, AttentionModel):
         return AedScorer(self, Encoded(frames, torch.ones(rows, dtype=torch.long, device=weight.device)))
 
     def parts(self) -> dict[str, nn.Module]:
-        """What learns at rates of its own, beside the CTC part."""
         return {"decoder": self.decoder}
 
-    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a state dict by the names they have in a model folder, where the CTC part is a CTC model's."""
-        return {name.removeprefix("ctc."): x for name, x in state.items()}
-
-    def weights(self) -> dict[str, Tensor]:
-        """The model's own tensors by the names they have in a model folder."""
-        return self.named(self.state_dict())
-
     def save_vocabularies(self, folder: Path) -> None:
-        """Writes the CTC part's vocabularies, which are the decoder's too."""
-        self.ctc.save_vocabularies(folder)
+        self.ctc.save_vocabularies(folder)  # which are the decoder's too
 
     def settings(self) -> dict[str, object]:
-        """What config.json must hold to build the model again without weights and vocabularies."""
         return {**self.ctc.settings(), "type": "aed", "decoder": asdict(self.decoder.dims), "max_seconds": self.max_seconds}
-
-    def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
-        """Writes a model folder; the weights in `dtype`, the vocabularies beside them, `card` as README.md."""
-        save_model(folder, self.settings(), self.weights(), card=card, dtype=dtype)
-        self.ctc.save_vocabularies(Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AedModel:
         """The model that `save` wrote, in eval mode; with a `dtype` below fp32 the encoder runs under autocast. Raises ModelError."""
         folder = Path(folder)
-        config = read_config(folder)
-        if config.get("type") != "aed":
-            raise ModelError(f"{folder}: is a model of type {config.get('type')}, expected aed: name the folder of an encoder-decoder")
+        config = read_config(folder, kind="aed")
         fields = config["decoder"]
         dims = DecoderDims(**{**fields, "aux": tuple(fields["aux"])})
         model = cls(CtcModel.of_config(config, folder), dims, max_seconds=config["max_seconds"])
@@ -180,15 +158,12 @@ def encoded_whole(encoder: Encoder, audios: Sequence[np.ndarray], *, max_seconds
     device = next(encoder.parameters()).device
     features = [encoder.features(torch.as_tensor(audio, device=device)) for audio in audios]
 
-    def encode(batch: list[Window]) -> list[Tensor]:
-        parts = [features[w.utterance] for w in batch]
-        lengths = torch.tensor([len(x) for x in parts], device=device)
+    def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            encoded = encoder(nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths)
-        return [x[:n].to(dtype) for x, n in zip(encoded.frames, encoded.lengths.tolist(), strict=True)]
+            encoded = encoder(features, lengths)
+        return encoded.frames.to(dtype), encoded.lengths
 
-    whole = Windowing(round(1 / SECONDS_PER_FRAME), 1, max_seconds + 1)  # batches by length, and nothing to cut
-    frames = whole.joined([len(x) for x in features], encode)
+    frames = Windowing(round(1 / SECONDS_PER_FRAME), 1, max_seconds + 1).over(features, run)  # batches by length, and nothing to cut
     lengths = torch.tensor([len(x) for x in frames], device=device)
     return Encoded(nn.utils.rnn.pad_sequence(frames, batch_first=True), lengths)
 
@@ -211,42 +186,25 @@ class AedScorer(AudioScorer):
 class WhisperAed(AttentionModel):
     """A Whisper model that makes one Scorer per batch of audio.
 
-    spelling: `words` keeps labels with digits and symbols out, so that hypotheses are comparable with a CTC model of spelled-out words.
+    Labels with digits and symbols are kept out, so that hypotheses are comparable with a CTC model of spelled-out words.
     """
 
-    def __init__(
-        self,
-        model: WhisperForConditionalGeneration,
-        vocabulary: TokenizerVocabulary,
-        *,
-        spelling: Literal["any", "words"] = "words",
-        language: str = "en",
-    ) -> None:
+    def __init__(self, model: WhisperForConditionalGeneration, vocabulary: TokenizerVocabulary) -> None:
         self.model: Any = model.eval()
         use_packed_attention(model)
         self.vocabulary = vocabulary
-        self.prompt = _prompt(vocabulary, language if self.model.config.vocab_size > ENGLISH_ONLY_ROWS else None)
+        self.prompt = _prompt(vocabulary, multilingual=self.model.config.vocab_size > ENGLISH_ONLY_ROWS)
         head: Any = model.get_output_embeddings()
         bias = torch.zeros(vocabulary.size, device=head.weight.device, dtype=head.weight.dtype)
-        bias[_silenced(vocabulary, spelling)] = -torch.inf
+        bias[_silenced(vocabulary)] = -torch.inf
         self.output = OutputLayer(head.weight.detach()[: vocabulary.size], bias)
 
     @classmethod
-    def load(
-        cls,
-        name: str | Path,
-        *,
-        dtype: Precision = "float32",
-        device: str = "cpu",
-        spelling: Literal["any", "words"] = "words",
-        language: str = "en",
-    ) -> WhisperAed:
+    def load(cls, name: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> WhisperAed:
         """The model of a hub id or a folder of transformers."""
-        try:
+        with loading(name, "a Whisper model"):
             model = WhisperForConditionalGeneration.from_pretrained(str(name), dtype=getattr(torch, dtype), attn_implementation="sdpa")
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{name} does not load as a Whisper model: {str(error).strip().splitlines()[0]}") from error
-        return cls(model.to(device), TokenizerVocabulary.load(name), spelling=spelling, language=language)  # type: ignore[arg-type]
+        return cls(model.to(device), TokenizerVocabulary.load(name))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def scorer(self, audios: Sequence[np.ndarray]) -> WhisperScorer:
@@ -279,16 +237,9 @@ class WhisperScorer(AudioScorer):
         limit = self.aed.model.config.max_target_positions
         if int(new.positions.max()) >= limit:
             raise ModelError(f"a hypothesis outgrew Whisper's {limit} positions: lower max_labels")
-        with packing(new):
-            out = self.aed.model.model.decoder(
-                input_ids=new.labels[None],
-                attention_mask=new.mask(self.output.weight.dtype),
-                encoder_hidden_states=self.encoded,  # only says that there is audio: its keys and values are in the cache
-                past_key_values=trie.cache,
-                position_ids=new.positions[None],
-                use_cache=True,
-            )
-        return out.last_hidden_state[0]
+        decoder, dtype = self.aed.model.model.decoder, self.output.weight.dtype
+        # The encoder's states only say that there is audio: its keys and values are in the cache.
+        return run_packed(decoder, new, trie.cache, dtype, input_ids=new.labels[None], encoder_hidden_states=self.encoded)
 
 
 def _require_length(audios: Sequence[np.ndarray], seconds: float, who: str) -> None:
@@ -297,25 +248,24 @@ def _require_length(audios: Sequence[np.ndarray], seconds: float, who: str) -> N
         raise ModelError(f"{longest:.1f} s of audio are longer than the {seconds:.0f} s that {who} hears at once: split it into segments")
 
 
-def _prompt(vocabulary: TokenizerVocabulary, language: str | None) -> list[int]:
+def _prompt(vocabulary: TokenizerVocabulary, *, multilingual: bool) -> list[int]:
     index = vocabulary.tokenizer.convert_tokens_to_ids
-    names = ["<|startoftranscript|>", *([f"<|{language}|>", "<|transcribe|>"] if language else []), "<|notimestamps|>"]
+    names = ["<|startoftranscript|>", *(["<|en|>", "<|transcribe|>"] if multilingual else []), "<|notimestamps|>"]
     labels = [index(name) for name in names]
     unknown = [name for name, label in zip(names, labels, strict=True) if label is None or vocabulary.piece(label) != name]
     if unknown:
-        raise ModelError(f"the tokenizer lacks {', '.join(unknown)}: not a Whisper tokenizer, or not a language it knows")
+        raise ModelError(f"the tokenizer lacks {', '.join(unknown)}: it is no Whisper tokenizer")
     return labels
 
 
-def _silenced(vocabulary: TokenizerVocabulary, spelling: str) -> list[int]:
-    """Labels that are no speech: all special ones but eos, and with spelling `words` all that hold other than letters and punctuation."""
+def _silenced(vocabulary: TokenizerVocabulary) -> list[int]:
+    """Labels that are no speech: all that hold other than letters and punctuation, eos aside."""
     keep = set("'.,?!-")
     silenced = []
     for label in range(vocabulary.size):
-        piece = vocabulary.piece(label)
         # Byte-level pieces write a space as Ġ and bytes beyond ASCII as other letters beyond ASCII.
-        letters = piece.removeprefix("Ġ")
+        letters = vocabulary.piece(label).removeprefix("Ġ")
         odd = not letters or any(not (c.isascii() and c.isalpha()) and c not in keep for c in letters)
-        if label != vocabulary.eos and (piece.startswith("<|") or (spelling == "words" and odd)):
+        if odd and label != vocabulary.eos:
             silenced.append(label)
     return silenced

@@ -57,11 +57,7 @@ PRESETS = {
 
 
 class ConformerEncoder(Encoder):
-    """Features through a masked batch-norm, three convolutions and the layers.
-
-    All that mixes frames (convolutions, batch-norm statistics, attention) is masked, in training too; only batch-norm hears other
-    utterances in training, as it must.
-    """
+    """Features through a masked batch-norm, three convolutions and the layers; all that mixes frames is masked, in training too."""
 
     def __init__(self, dims: ConformerDims) -> None:
         super().__init__()
@@ -123,9 +119,8 @@ class TimeDropout(nn.Module):
 class MaskedBatchNorm(nn.Module):
     """Batch-norm of [B, T, D] over the frames where mask [B, T] is true; statistics are fp32."""
 
-    def __init__(self, dim: int, *, affine: Literal["yes", "no"], momentum: float = 0.1, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, *, affine: Literal["yes", "no"]) -> None:
         super().__init__()
-        self.momentum, self.eps = momentum, eps
         self.running_mean: Tensor
         self.running_var: Tensor
         self.register_buffer("running_mean", torch.zeros(dim))
@@ -141,9 +136,9 @@ class MaskedBatchNorm(nn.Module):
             mean = (y * real).sum((0, 1)) / count
             var = ((y - mean).square() * real).sum((0, 1)) / count
             with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(self.running_var.dtype), self.momentum)
-        scale = torch.rsqrt(var + self.eps)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), 0.1)
+                self.running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(self.running_var.dtype), 0.1)
+        scale = torch.rsqrt(var + 1e-5)
         if self.weight is not None:
             scale = scale * self.weight
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
@@ -176,10 +171,8 @@ class ConformerLayer(nn.Module):
     def __init__(self, dims: ConformerDims) -> None:
         super().__init__()
         self.ff1, self.ff2 = _FeedForward(dims), _FeedForward(dims)
-        self.attention, self.conv = (
-            RelativeAttention(dims.dim, dims.heads, dropout=dims.attention_dropout),
-            _Convolution(dims.dim, dims.kernel),
-        )
+        self.attention = RelativeAttention(dims.dim, dims.heads, dropout=dims.attention_dropout)
+        self.conv = _Convolution(dims.dim, dims.kernel)
         self.norms = nn.ModuleList(nn.LayerNorm(dims.dim) for _ in range(5))
         self.dropout = TimeDropout(dims.dropout)
 

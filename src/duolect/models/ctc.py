@@ -13,20 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from duolect.audio.features import SECONDS_PER_FRAME
 from duolect.audio.io import SAMPLE_RATE
-from duolect.models import ModelError
+from duolect.models import ModelError, loading
 from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoded, Encoder, encoder_from_settings, require_layers, stack_frames
-from duolect.models.hf_encoder import output_lengths, seconds_per_frame
+from duolect.models.hf_encoder import LONGEST, output_lengths, seconds_per_frame, unheard_padding
 from duolect.models.windows import BATCH_SECONDS, Window, Windowing
-from duolect.run import readable
+from duolect.run import write_tensors
 from duolect.vocabulary import CharacterVocabulary, TokenizerVocabulary, Vocabulary, load_vocabulary
 
-HUGGING_FACE_SECONDS = 40.0  # that other models hear at once: more than the utterances of the usual corpora last
 MIN_SAMPLES = 400  # 25 ms: wav2vec2's convolutions need as much for one frame
 
 
@@ -62,11 +61,39 @@ class Heads:
     encoded: Encoded
 
 
-class CtcModel(nn.Module, AcousticModel):
+class FolderModel(nn.Module, ABC):
+    """A model of ours: what its folder holds, and what of it learns."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, object]:
+        """What config.json must hold to build the model again without weights and vocabularies."""
+
+    @abstractmethod
+    def save_vocabularies(self, folder: Path) -> None:
+        """Writes the vocabularies of all parts to the folder."""
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What learns at rates of its own, beside encoder and heads."""
+        return {}
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a state dict by the names they have in a model folder, where the CTC part is a CTC model's."""
+        return {name.removeprefix("ctc."): x for name, x in state.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's own tensors by the names they have in a model folder."""
+        return self.named(self.state_dict())
+
+    def save(self, folder: str | Path, *, card: str, state: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float16) -> None:
+        """Writes a model folder: the weights, or those of another `state` of the model, in `dtype`; `card` is README.md."""
+        save_model(folder, self.settings(), self.named(self.state_dict() if state is None else state), card=card, dtype=dtype)
+        self.save_vocabularies(Path(folder))
+
+
+class CtcModel(FolderModel, AcousticModel):
     """An encoder, optionally frames stacked side by side, and a linear layer to the vocabulary with its blank.
 
-    aux: vocabularies (with blank) of further heads, by the encoder layer (from 1) that they hear; they help in training, and each can
-    be loaded as the CTC model.
+    aux: vocabularies (with blank) of further heads, by the encoder layer (from 1) that they hear.
     """
 
     def __init__(
@@ -116,36 +143,17 @@ class CtcModel(nn.Module, AcousticModel):
         device = self.head.weight.device
         features = [self.encoder.features(torch.as_tensor(audio, device=device)) for audio in audios]
 
-        def encode(batch: list[Window]) -> list[Tensor]:
-            parts = [features[w.utterance][w.start : w.end] for w in batch]
-            output = self(nn.utils.rnn.pad_sequence(parts, batch_first=True), torch.tensor([len(part) for part in parts], device=device))
-            return [x[:n] for x, n in zip(output.log_probs, output.lengths.tolist(), strict=True)]
+        def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+            output = self(features, lengths)
+            return output.log_probs, output.lengths
 
-        return _padded(self.windowing().joined([len(x) for x in features], encode), self.vocabulary)
+        return _padded(self.windowing().over(features, run), self.vocabulary)
 
     def windowing(self) -> Windowing:
         """How long audio is cut, in feature frames."""
         return Windowing(round(1 / SECONDS_PER_FRAME), round(self.seconds_per_frame / SECONDS_PER_FRAME), self.window_seconds)
 
-    def parts(self) -> dict[str, nn.Module]:
-        """What learns at rates of its own, beside encoder and heads: nothing."""
-        return {}
-
-    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a state dict by the names they have in a model folder: the same."""
-        return dict(state)
-
-    def weights(self) -> dict[str, Tensor]:
-        """The model's own tensors by the names they have in a model folder."""
-        return self.named(self.state_dict())
-
-    def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
-        """Writes a model folder; the weights in `dtype`, the vocabulary beside them, `card` as README.md."""
-        save_model(folder, self.settings(), self.weights(), card=card, dtype=dtype)
-        self.save_vocabularies(Path(folder))
-
     def settings(self) -> dict[str, object]:
-        """What config.json must hold to build the model again without weights and vocabularies."""
         return {
             "type": "ctc",
             "encoder": self.encoder.settings(),
@@ -227,9 +235,7 @@ def save_model(
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     (folder / "README.md").write_text(card)
     moved = {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
-    save_file(moved, folder / "model.safetensors.part", metadata={"format": "pt"})
-    readable(folder / "model.safetensors.part")
-    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", moved, metadata={"format": "pt"})
 
 
 def load_weights(weights: Mapping[str, Tensor], folder: Path, *, ignore: tuple[str, ...] = ()) -> None:
@@ -250,39 +256,24 @@ def load_weights(weights: Mapping[str, Tensor], folder: Path, *, ignore: tuple[s
 class HuggingFaceCtc(AcousticModel):
     """Any AutoModelForCTC (wav2vec2, HuBERT, WavLM, Parakeet-CTC, ...) with its own features and tokenizer; blank is its pad index."""
 
-    def __init__(self, model: Any, extractor: Any, vocabulary: Vocabulary, *, window_seconds: float = HUGGING_FACE_SECONDS) -> None:
-        self.model, self.extractor, self.vocabulary, self.window_seconds = model.eval(), extractor, vocabulary, window_seconds
+    def __init__(self, model: Any, extractor: Any, vocabulary: Vocabulary) -> None:
+        self.model, self.extractor, self.vocabulary, self.window_seconds = model.eval(), extractor, vocabulary, LONGEST
         self.seconds_per_frame = seconds_per_frame(model.config, extractor)
 
     @cached_property
     def together(self) -> bool:
-        """Whether a padded batch gives what its utterances give alone, found by trying.
-
-        It depends on the architecture (wav2vec2 with group norm normalizes over time, conformers' convolutions look into the padding) and
-        decides whether utterances may be batched.
-        """
-        if output_lengths(self.model) is None:
-            return False
-        random = np.random.default_rng(0)
-        audios = [random.standard_normal(n).astype(np.float32) * 0.1 for n in (16_000, 6_160)]
-        alone = [self._log_probs([audio], masked=True)[0] for audio in audios]
-        pairs = zip(alone, self._log_probs(audios, masked=True), strict=True)
-        return all(x.shape == y.shape and bool((x - y).abs().max() < 1e-3) for x, y in pairs)
+        """Whether a padded batch gives what its utterances give alone, so that they may be batched."""
+        return output_lengths(self.model) is not None and unheard_padding(lambda audios: self._log_probs(audios, masked=True))
 
     @classmethod
     def load(cls, name: str) -> HuggingFaceCtc:
         """A hub id or local folder. Raises ModelError."""
         from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
-        try:
+        with loading(name, "a CTC model (a folder of ours, or a folder or hub id with a CTC head and a tokenizer)"):
             model = AutoModelForCTC.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
             extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"{name}: is no CTC model that can be loaded ({' '.join(str(error).split())[:200]}): "
-                "name a model folder, a hub id with a CTC head and a tokenizer, or an embedded model"
-            ) from error
         return cls(model, extractor, _vocabulary_of(model.config, tokenizer))
 
     def place(self, device: str) -> None:
@@ -343,15 +334,23 @@ def _padded(log_probs: Sequence[Tensor], vocabulary: Vocabulary) -> CtcOutput:
     return CtcOutput(padded, lengths)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises ModelError."""
+def read_config(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
+    """config.json of a model folder, of a model of that kind. Raises ModelError."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(f"{path}: is missing: {folder} is no model folder; name one with config.json and model.safetensors") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}): copy the model folder again") from error
+    if kind not in (None, config.get("type")):
+        raise ModelError(f"{folder}: is a model of type {config.get('type')}, expected {kind}: name the folder of one")
+    return config
+
+
+def kind_of(name: str | Path) -> str | None:
+    """What kind of model a folder of ours holds; None for anything else."""
+    return read_config(Path(name)).get("type") if Path(name, "config.json").is_file() else None
 
 
 def _differ(one: Vocabulary, other: Vocabulary) -> bool:

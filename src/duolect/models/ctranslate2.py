@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +14,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 NUMBERS = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+NAME = re.compile(r"(?P<part>encoder|decoder)/(layer_(?P<layer>\d+)/)?(?P<block>.+)/(?P<kind>weight|bias|gamma|beta|encodings)")
+BLOCKS = {
+    **{name: (name,) for name in ("conv1", "conv2", "layer_norm")},
+    "embeddings": ("embed_tokens",),
+    "position_encodings": ("embed_positions",),
+    "self_attention/layer_norm": ("self_attn_layer_norm",),
+    "self_attention/linear_0": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention/linear_1": ("self_attn.out_proj",),
+    "attention/layer_norm": ("encoder_attn_layer_norm",),
+    "attention/linear_0": ("encoder_attn.q_proj",),
+    "attention/linear_1": ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+    "attention/linear_2": ("encoder_attn.out_proj",),
+    "ffn/layer_norm": ("final_layer_norm",),
+    "ffn/linear_0": ("fc1",),
+    "ffn/linear_1": ("fc2",),
+}
+"""CTranslate2's blocks and Hugging Face's, several where they lie in one matrix."""
 
 
 class FormatError(ValueError):
@@ -50,82 +66,34 @@ def read_model(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def convert_whisper(model: Path, tokenizer: Path, settings: Path, folder: Path) -> None:
-    """Writes a Hugging Face Whisper folder: weights in fp16 as they came, config, generation config, tokenizer, feature extractor.
+    """Writes a Hugging Face Whisper folder of model.bin, tokenizer.json and `settings`, the config.json beside them. Raises FormatError.
 
-    model: model.bin, settings: the config.json beside it (suppressed tokens, alignment heads). config.json says float32, so that a load
-    without a dtype computes in fp32. Raises FormatError.
+    Weights stay fp16; config.json says float32, so that a load without a dtype computes in fp32.
     """
-    variables = read_model(model)
-    weights = whisper_weights(variables)
+    weights = whisper_weights(read_model(model))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _write_configs(weights, tokenizer, json.loads(settings.read_text()), folder)
 
 
 def whisper_weights(variables: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """The state dict of WhisperForConditionalGeneration, fp16. Raises FormatError if a variable is left over or missing."""
-    left = dict(variables)
-
-    def take(name: str) -> Tensor:
-        value = left.pop(name, None)
-        if value is None:
-            raise FormatError(f"variable {name} is missing: not a Whisper model of the known layout")
-        if value.dtype == np.int8:  # one scale per output row
-            value = value.astype(np.float32) / left.pop(f"{name}_scale").reshape(-1, *[1] * (value.ndim - 1))
-        return torch.from_numpy(value.astype(np.float16))
-
+    """The state dict of WhisperForConditionalGeneration, fp16. Raises FormatError if a variable is left over."""
     weights: dict[str, Tensor] = {}
-    for conv in ("conv1", "conv2"):
-        for kind in ("weight", "bias"):
-            weights[f"model.encoder.{conv}.{kind}"] = take(f"encoder/{conv}/{kind}")
-    weights["model.decoder.embed_tokens.weight"] = take("decoder/embeddings/weight")
-    for part in ("encoder", "decoder"):
-        weights[f"model.{part}.embed_positions.weight"] = take(f"{part}/position_encodings/encodings")
-        for to, source in _layer_names(part, variables):
-            for name, value in _parts(take, source):
-                weights[f"model.{part}.{to}{name}"] = value
-    spare = {name for name in left if np.size(left[name]) > 1 and not name.startswith("decoder/projection")}
-    if spare:
-        raise FormatError(f"variables without a place: {sorted(spare)[:4]}: not a Whisper model of the known layout")
-    return {name: value.contiguous().clone() for name, value in weights.items()}
-
-
-def _layer_names(part: str, variables: dict[str, np.ndarray]) -> list[tuple[str, str]]:
-    """(Hugging Face's name, CTranslate2's name) of every block of one side that has weights."""
-    count = 1 + max(int(m[1]) for name in variables if (m := re.match(rf"{part}/layer_(\d+)/", name)))
-    pairs = [("layer_norm", f"{part}/layer_norm")]
-    for i in range(count):
-        to, source = f"layers.{i}.", f"{part}/layer_{i}/"
-        pairs += [(to + "self_attn", source + "self_attention"), (to + "self_attn_layer_norm", source + "self_attention/layer_norm")]
-        if part == "decoder":
-            pairs += [(to + "encoder_attn", source + "attention"), (to + "encoder_attn_layer_norm", source + "attention/layer_norm")]
-        pairs += [(to + "fc1", source + "ffn/linear_0"), (to + "fc2", source + "ffn/linear_1")]
-        pairs += [(to + "final_layer_norm", source + "ffn/layer_norm")]
-    return pairs
-
-
-def _parts(take: Callable[[str], Tensor], source: str) -> list[tuple[str, Tensor]]:
-    """The named weights of one block: a norm, a linear layer, or an attention whose q, k, v lie in one (k, v in cross-attention) matrix."""
-    if source.endswith("layer_norm"):
-        return [(".weight", take(f"{source}/gamma")), (".bias", take(f"{source}/beta"))]
-    if "ffn" in source:
-        return [(".weight", take(f"{source}/weight")), (".bias", take(f"{source}/bias"))]
-    crossed = source.endswith("/attention")
-    layers = [take(f"{source}/linear_{i}/{kind}") for i in range(3 if crossed else 2) for kind in ("weight", "bias")]
-    if crossed:
-        (k, v), (_, v_bias) = layers[2].chunk(2), layers[3].chunk(2)
-        q, q_bias = layers[0], layers[1]
-    else:
-        (q, k, v), (q_bias, _, v_bias) = layers[0].chunk(3), layers[1].chunk(3)  # Whisper has no bias on k
-    return [
-        (".q_proj.weight", q),
-        (".q_proj.bias", q_bias),
-        (".k_proj.weight", k),
-        (".v_proj.weight", v),
-        (".v_proj.bias", v_bias),
-        (".out_proj.weight", layers[-2]),
-        (".out_proj.bias", layers[-1]),
-    ]
+    for name, value in variables.items():
+        if value.size == 1 or name.endswith("_scale") or name.startswith("decoder/projection"):
+            continue
+        found = NAME.fullmatch(name)
+        if found is None or found["block"] not in BLOCKS:
+            raise FormatError(f"variable {name} has no place: not a Whisper model of the known layout")
+        if value.dtype == np.int8:  # one scale per output row
+            value = value.astype(np.float32) / variables[f"{name}_scale"].reshape(-1, *[1] * (value.ndim - 1))
+        owner = f"model.{found['part']}." + (f"layers.{found['layer']}." if found["layer"] else "")
+        kind = "bias" if found["kind"] in ("bias", "beta") else "weight"
+        blocks = BLOCKS[found["block"]]
+        for block, x in zip(blocks, torch.from_numpy(value.astype(np.float16)).chunk(len(blocks)), strict=True):
+            if not (kind == "bias" and block.endswith("k_proj")):  # Whisper has none
+                weights[f"{owner}{block}.{kind}"] = x.clone()
+    return weights
 
 
 def complete_merges(tokenizer: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +127,7 @@ def complete_merges(tokenizer: dict[str, Any]) -> dict[str, Any]:
 def _write_configs(weights: dict[str, Tensor], tokenizer: Path, settings: dict[str, Any], folder: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import GenerationConfig, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
     pieces = Tokenizer.from_str(json.dumps(complete_merges(json.loads(tokenizer.read_text(encoding="utf-8")))))
     end, start = pieces.token_to_id("<|endoftext|>"), pieces.token_to_id("<|startoftranscript|>")
@@ -197,7 +166,7 @@ def _write_configs(weights: dict[str, Tensor], tokenizer: Path, settings: dict[s
         "alignment_heads": settings.get("alignment_heads"),
     }
     if multilingual:
-        names = [f"<|{name}|>" for name in _languages()]
+        names = [f"<|{name}|>" for name in LANGUAGES]
         generation["lang_to_id"] = {name: i for name in names if (i := pieces.token_to_id(name)) is not None}
         generation["task_to_id"] = {task: pieces.token_to_id(f"<|{task}|>") for task in ("transcribe", "translate")}
     config.save_pretrained(folder)
@@ -205,12 +174,6 @@ def _write_configs(weights: dict[str, Tensor], tokenizer: Path, settings: dict[s
     WhisperFeatureExtractor(feature_size=mels).save_pretrained(folder)
     special = {f"{kind}_token": "<|endoftext|>" for kind in ("bos", "eos", "unk", "pad")}
     PreTrainedTokenizerFast(tokenizer_object=pieces, **special).save_pretrained(folder)
-
-
-def _languages() -> list[str]:
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
-    return list(LANGUAGES)
 
 
 def _unsigned(file: BinaryIO, kind: str) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from duolect.models.cache import Trie
 from duolect.models.packed import NewNodes
@@ -64,8 +65,8 @@ class DecoderScorer(Scorer[Histories]):
     vocabulary: Vocabulary
 
     @abstractmethod
-    def _begin(self, rows: int) -> Trie:
-        """An empty trie for `rows` utterances."""
+    def _cache(self, rows: int) -> Cache:
+        """The empty store of keys and values for `rows` utterances."""
 
     @abstractmethod
     def _prompts(self, rows: int) -> Sequence[Sequence[int]]:
@@ -77,7 +78,8 @@ class DecoderScorer(Scorer[Histories]):
 
     @torch.no_grad()
     def start(self, rows: int) -> Histories:
-        trie = self._begin(rows)
+        weight = self.output.weight
+        trie = Trie.empty(rows, width=weight.shape[1], cache=self._cache(rows), device=weight.device, dtype=weight.dtype)
         group = torch.arange(rows, device=trie.label.device)
         prompts = [torch.tensor(x) for x in self._prompts(rows)]
         lengths = torch.tensor([len(x) for x in prompts], dtype=torch.long, device=group.device)

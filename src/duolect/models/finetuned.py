@@ -16,7 +16,7 @@ from duolect.config import from_json, registered, to_json
 from duolect.models import ModelError
 from duolect.models.ctc import load_weights, read_config, save_model
 from duolect.models.lora import Lora, add_lora, merge_lora
-from duolect.models.rehead import Initial, rehead
+from duolect.models.rehead import Initial, rehead, tied_name
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, load_vocabulary
 
 Learns = Literal["all", "lora", "nothing"]
@@ -87,14 +87,11 @@ def save_fitted(
 ) -> None:
     """Writes a folder that loads as a language model; weights: a state dict of `llm`, saved in `dtype`.
 
-    Where all of it learned: a folder of transformers, with vocabulary.json. Else what learned alone, and the name of the model that it
-    was added to, `source`.
+    Where all of it learned, a folder of transformers with vocabulary.json; else what learned alone, and the name of its `source`.
     """
-    head: Any = llm.get_output_embeddings()
-    tied = head.weight is llm.get_input_embeddings().weight  # pyright: ignore[reportAttributeAccessIssue]
-    skipped = {f"{name}.weight" for name, module in llm.named_modules() if module is head} if tied else set()
     if dims.learns == "all":
-        kept = {name: x for name, x in weights.items() if name not in skipped}
+        tied = tied_name(llm, llm)
+        kept = {name: x for name, x in weights.items() if name != tied}
         config = {**llm.config.to_dict(), "architectures": [type(llm).__name__], "duolect": {"written": written}}
     else:
         learned = {name for name, p in llm.named_parameters() if p.requires_grad}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelF
 
 from duolect.audio.features import HOP
 from duolect.audio.io import SAMPLE_RATE
-from duolect.models import ModelError
+from duolect.models import loading
 from duolect.models.encoders import Encoded, Encoder, frame_mask, require_layers
 
 LONGEST = 40.0  # seconds: more than the utterances of the usual corpora last
@@ -35,18 +36,15 @@ class HuggingFaceEncoder(Encoder):
         self.dim, self.depth, self.max_seconds = int(config.hidden_size), int(config.num_hidden_layers), LONGEST
         self.mels = HOP if self.waves else int(self.extractor["feature_size"])
         self.seconds_per_frame = seconds_per_frame(config, _extractor(self.extractor))
-        self._together: bool | None = None
 
     @classmethod
     def load(cls, name: str | Path) -> HuggingFaceEncoder:
         """The encoder of a hub id or folder of transformers; of a CTC model, without its head. Raises ModelError."""
-        try:
+        with loading(name, "a speech encoder"):
             config = AutoConfig.from_pretrained(str(name))
             extractor = AutoFeatureExtractor.from_pretrained(str(name)).to_dict()
             kind = AutoModelForCTC if any("ForCTC" in x for x in config.architectures or ()) else AutoModel
             model = kind.from_pretrained(str(name), dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{name} does not load as a speech encoder: {str(error).strip().splitlines()[0]}") from error
         return cls(_encoder_of(model), extractor)
 
     def features(self, audio: Tensor) -> Tensor:
@@ -76,35 +74,29 @@ class HuggingFaceEncoder(Encoder):
         out = self.model(heard, attention_mask=mask.long(), output_hidden_states=bool(taps))
         frames = out.last_hidden_state
         count = lengths * HOP if self.waves else lengths
-        sizes = self._sizes(count).to(frames.device) if len(lengths) > 1 else torch.full_like(lengths, frames.shape[1])
+        if len(lengths) > 1 and (sizes_of := output_lengths(self.model)) is not None:
+            sizes = sizes_of(count).long().to(frames.device)
+        else:
+            sizes = torch.full_like(lengths, frames.shape[1])
         real = frame_mask(sizes, frames.shape[1])[..., None]
         tapped = {n: (frames if n == self.depth else out.hidden_states[n]) * real for n in taps}
         return Encoded(frames * real, sizes, tapped)
 
-    def _sizes(self, inputs: Tensor) -> Tensor:
-        sizes = output_lengths(self.model)
-        assert sizes is not None
-        return sizes(inputs).long()
-
-    @property
+    @cached_property
     def together(self) -> bool:
         """Whether a padded batch gives what its utterances give alone."""
-        if self._together is None:
-            self._together = output_lengths(self.model) is not None and self._same_in_a_batch()
-        return self._together
+        device, was = next(self.parameters()).device, self.training
 
-    @torch.no_grad()
-    def _same_in_a_batch(self) -> bool:
-        was, random = self.training, np.random.default_rng(0)
+        def run(sounds: Sequence[np.ndarray]) -> list[Tensor]:
+            features = [self.features(torch.from_numpy(x).to(device)) for x in sounds]
+            lengths = torch.tensor([len(x) for x in features], device=device)
+            out = self._run(nn.utils.rnn.pad_sequence(features, batch_first=True), lengths, ())
+            return [x[:n] for x, n in zip(out.frames, out.lengths.tolist(), strict=True)]
+
         self.eval()
-        device = next(self.parameters()).device
-        sounds = [self.features(torch.from_numpy(random.normal(0, 0.1, n).astype(np.float32)).to(device)) for n in (16_000, 6_160)]
-        lengths = torch.tensor([len(x) for x in sounds], device=device)
-        batch = self._run(nn.utils.rnn.pad_sequence(sounds, batch_first=True), lengths, ())
-        alone = [self._run(x[None], lengths[b : b + 1], ()) for b, x in enumerate(sounds)]
+        found = output_lengths(self.model) is not None and unheard_padding(run)
         self.train(was)
-        pairs = [(batch.frames[b, : int(batch.lengths[b])], one.frames[0]) for b, one in enumerate(alone)]
-        return all(x.shape == y.shape and bool((x - y).abs().max() < 1e-3) for x, y in pairs)
+        return found
 
     def settings(self) -> dict[str, object]:
         return {"type": "huggingface", "config": self.model.config.to_dict(), "extractor": self.extractor}
@@ -133,6 +125,18 @@ def _extractor(settings: dict[str, Any]) -> Any:
 def output_lengths(model: Any) -> Callable[[Tensor], Tensor] | None:
     """Input lengths to frames, where the architecture says; both names are transformers' own."""
     return getattr(model, "_get_feat_extract_output_lengths", None) or getattr(model, "_get_subsampling_output_length", None)
+
+
+@torch.no_grad()
+def unheard_padding(run: Callable[[Sequence[np.ndarray]], Sequence[Tensor]]) -> bool:
+    """Whether `run` gives utterances [N] of a padded batch what it gives each alone, found by trying.
+
+    It depends on the architecture: wav2vec2 with group norm normalizes over time, conformers' convolutions look into the padding.
+    """
+    random = np.random.default_rng(0)
+    sounds = [random.normal(0, 0.1, n).astype(np.float32) for n in (16_000, 6_160)]
+    pairs = zip((run([x])[0] for x in sounds), run(sounds), strict=True)
+    return all(x.shape == y.shape and bool((x - y).abs().max() < 1e-3) for x, y in pairs)
 
 
 def seconds_per_frame(config: Any, extractor: Any) -> float:

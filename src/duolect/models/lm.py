@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from duolect.models import ModelError
+from duolect.models import ModelError, Precision, loading
 from duolect.models.cache import Trie
-from duolect.models.ctc import read_config
+from duolect.models.ctc import kind_of, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.embedded import resolve
 from duolect.models.finetuned import KIND, load_fitted, written_of
 from duolect.models.ngram import NGRAM_FILES
-from duolect.models.packed import NewNodes, node_cache, packing, use_packed_attention
+from duolect.models.packed import NewNodes, node_cache, run_packed, use_packed_attention
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, VocabularyError, load_vocabulary
 
 
@@ -42,88 +43,61 @@ class HFCausalLM(DecoderScorer):
         _check(self)
 
     @classmethod
-    def load(
-        cls,
-        name: str | Path,
-        *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        device: str = "cpu",
-        prompt: str = "",
-        gguf_file: str | None = None,
-    ) -> HFCausalLM:
+    def load(cls, name: str | Path, *, dtype: Precision = "float32", device: str = "cpu", prompt: str = "") -> HFCausalLM:
         """The scorer of a hub id, a folder (of transformers or of ours, with vocabulary.json), or a .gguf file."""
-        if _type(name) == "speech_llm":
+        if kind_of(name) == "speech_llm":
             from duolect.models.speech_llm import SpeechLlm  # which needs this file
 
             heard = SpeechLlm.load(name, dtype=dtype, device=device)  # without audio it is a language model
             return cls(heard.llm, heard.vocabulary, prompt=prompt)
-        model, vocabulary = load_language_model(name, dtype=dtype, gguf_file=gguf_file)
+        model, vocabulary = load_language_model(name, dtype=dtype)
         return cls(model.to(device), vocabulary, prompt=prompt)  # pyright: ignore[reportArgumentType]
 
-    def _begin(self, rows: int) -> Trie:
-        weight = self.output.weight
-        return Trie.empty(rows, width=weight.shape[1], cache=node_cache(self._layers), device=weight.device, dtype=weight.dtype)
+    def _cache(self, rows: int) -> Cache:
+        return node_cache(self._layers)
 
     def _prompts(self, rows: int) -> list[list[int]]:
         return [[self.vocabulary.bos, *(self.vocabulary.encode(self.prompt.rstrip()) if self.prompt.strip() else [])]] * rows
 
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:
         require_positions(int(new.positions.max()) + 1, self._longest)
-        mask = new.mask(self.output.weight.dtype)
-        with packing(new):
-            out = self.decoder(
-                input_ids=new.labels[None],
-                attention_mask=mask,
-                position_ids=new.positions[None],
-                past_key_values=trie.cache,
-                use_cache=True,
-            )
-        return out.last_hidden_state[0]
+        return run_packed(self.decoder, new, trie.cache, self.output.weight.dtype, input_ids=new.labels[None])
 
 
-def load_language_model(
-    name: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32", gguf_file: str | None = None
-) -> tuple[PreTrainedModel, Vocabulary]:
+def load_language_model(name: str | Path, *, dtype: Precision = "float32") -> tuple[PreTrainedModel, Vocabulary]:
     """The model of transformers of a hub id, a folder (of transformers or of ours) or a .gguf file, and its vocabulary. ModelError."""
-    if _type(name) == KIND:
+    if kind_of(name) == KIND:
         return load_fitted(Path(name), load_language_model(resolve(read_config(Path(name))["source"]), dtype=dtype))
     if str(name).endswith(NGRAM_FILES):
         raise ModelError(f"{name}: is an n-gram, expected a causal language model of transformers: name smollm2-135m, a folder or a hub id")
     if not (Path(name) / "config.json").is_file() and (Path(name) / "model" / "config.json").is_file():
         raise ModelError(f"{name}: is the folder of a training run: name {Path(name) / 'model'}")
-    source, options = _located(name, gguf_file)
-    try:
+    source, options = _located(name)
+    with loading(name, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa", **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{name} does not load as a causal language model: {str(error).strip().splitlines()[0]}") from error
     return model, _vocabulary(source, model.config, options)
 
 
 def language_vocabulary(name: str | Path) -> Vocabulary:
     """The vocabulary of a model that `HFCausalLM.load` loads, without the weights where they are not needed for it."""
-    if _type(name) in (KIND, "speech_llm"):
+    if kind_of(name) in (KIND, "speech_llm"):
         return HFCausalLM.load(name).vocabulary
-    source, options = _located(name, None)
+    source, options = _located(name)
     return _vocabulary(source, AutoConfig.from_pretrained(source, **options), options)
 
 
-def _type(name: str | Path) -> str | None:
-    """What kind of model a folder of ours holds; None for anything else."""
-    return read_config(Path(name)).get("type") if Path(name, "config.json").is_file() else None
-
-
-def _located(name: str | Path, gguf_file: str | None) -> tuple[str, dict[str, Any]]:
+def _located(name: str | Path) -> tuple[str, dict[str, Any]]:
     """The folder or hub id of a model, and the options that say which file of it."""
     path = Path(name)
-    if path.suffix == ".gguf" and path.is_file():
-        path, gguf_file = path.parent, path.name
-    return str(path) if path.exists() else str(name), {"gguf_file": gguf_file} if gguf_file else {}
+    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" and path.is_file() else (str(name), {})
 
 
 def _vocabulary(source: str, config: Any, options: dict[str, Any]) -> Vocabulary:
     if (Path(source) / VOCABULARY_FILE).is_file():
         return load_vocabulary(source)
-    return TokenizerVocabulary.load(source, **_start_and_end(config), **options)
+    # A model without a bos (Qwen) starts from its end-of-text label (paper.md 6.22).
+    ends = {name: x[0] if isinstance(x := getattr(config, f"{name}_token_id"), list) else x for name in ("bos", "eos")}
+    return TokenizerVocabulary.load(source, **ends, **options)
 
 
 def longest_history(model: PreTrainedModel) -> int:
@@ -159,15 +133,6 @@ def output_layer(model: PreTrainedModel, vocabulary: Vocabulary) -> OutputLayer:
     bias = getattr(head, "bias", None)
     weight = head.weight[: vocabulary.size]
     return OutputLayer(weight, None if bias is None else bias[: vocabulary.size], scale, getattr(config, "final_logit_softcapping", None))
-
-
-def _start_and_end(config: Any) -> dict[str, int | None]:
-    """bos and eos by the model's own config; a model without a bos (Qwen) starts from its end-of-text label (paper.md 6.22)."""
-
-    def one(x: Any) -> int | None:
-        return x[0] if isinstance(x, list) else x
-
-    return {"bos": one(config.bos_token_id), "eos": one(config.eos_token_id)}
 
 
 @torch.no_grad()

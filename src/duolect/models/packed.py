@@ -59,6 +59,13 @@ def packing(new: NewNodes) -> Iterator[None]:
         _current.reset(token)
 
 
+def run_packed(decoder: Any, new: NewNodes, cache: Cache, dtype: torch.dtype, **inputs: Any) -> Tensor:
+    """[P, width] last hidden states of new nodes by a decoder of transformers, whose keys and values go to the cache."""
+    options: dict[str, Any] = {"position_ids": new.positions[None], "past_key_values": cache, "use_cache": True}
+    with packing(new):
+        return decoder(attention_mask=new.mask(dtype), **options, **inputs).last_hidden_state[0]
+
+
 def use_packed_attention(model: Any) -> None:
     """Lets a model of transformers run packed; its ordinary forwards stay what they were."""
     model.set_attn_implementation(NAME)

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from duolect.data.pieces import PiecesError, SubwordSampler
 from duolect.models.ctc import CtcOutput
-from duolect.run import readable
+from duolect.run import write_tensors
 from duolect.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
 
 PRIORS_FILE = "priors.safetensors"
@@ -142,11 +141,7 @@ def write_priors(folder: Path, vocabulary: Vocabulary, priors: Mapping[str, Tens
             tensors, notes = {key: stored.get_tensor(key) for key in stored.keys()}, dict(stored.metadata() or {})  # noqa: SIM118
     tensors |= {f"{vocabulary.digest()}/{kind}": prior for kind, prior in priors.items()}
     notes |= {f"{vocabulary.digest()}/{kind}": source for kind in priors}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=notes)
-    readable(temporary)
-    temporary.replace(path)
+    write_tensors(path, tensors, metadata=notes)
 
 
 def read_prior(folder: Path, kind: str, vocabulary: Vocabulary) -> Tensor:

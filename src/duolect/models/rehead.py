@@ -13,6 +13,14 @@ from duolect.vocabulary import Vocabulary
 Initial = Literal["pieces", "random"]
 
 
+def tied_name(model: nn.Module, llm: PreTrainedModel) -> str | None:
+    """The second name that embeddings of `llm` have in the state of a model that holds it, where they are its output matrix too."""
+    head: Any = llm.get_output_embeddings()
+    if head.weight is not llm.get_input_embeddings().weight:  # pyright: ignore[reportAttributeAccessIssue]
+        return None
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
+
+
 @torch.no_grad()
 def label_embeddings(matrix: Tensor, old: Vocabulary, new: Vocabulary, *, initial: Initial = "pieces") -> Tensor:
     """[new.size, W] embeddings of the labels of `new`, of a matrix [>= old.size, W] of those of `old`.

@@ -18,24 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from duolect.config import from_json, registered, to_json
-from duolect.models import ModelError
+from duolect.models import ModelError, Precision
 from duolect.models.adapters import Adapter, AdapterDims
-from duolect.models.aed import AedModel, AedOutput, AttentionModel, Precision, encoded_whole
+from duolect.models.aed import AedModel, AedOutput, AttentionModel, encoded_whole
 from duolect.models.attention_decoder import histories
 from duolect.models.cache import Trie
 from duolect.models.cross_attention import CrossAttention, Heard
-from duolect.models.ctc import CtcModel, Heads, load_weights, read_config, save_model
+from duolect.models.ctc import CtcModel, FolderModel, Heads, load_weights, read_config
 from duolect.models.decoder import DecoderScorer
 from duolect.models.embedded import resolve
 from duolect.models.encoders import frame_mask
 from duolect.models.finetuned import let_learn
 from duolect.models.lm import HFCausalLM, load_language_model, longest_history, output_layer, require_positions
 from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
-from duolect.models.packed import NewNodes, node_cache, packing
-from duolect.models.rehead import Initial, label_embeddings, rehead
+from duolect.models.packed import NewNodes, node_cache, packing, run_packed
+from duolect.models.rehead import Initial, label_embeddings, rehead, tied_name
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 
 
@@ -75,7 +75,7 @@ class SpeechLlmDims:
             raise ValueError("recompute does not go with attention=merged, whose audio keys are in the cache: set recompute=false")
 
 
-class SpeechLlm(nn.Module, AttentionModel):
+class SpeechLlm(FolderModel, AttentionModel):
     """A CTC model's encoder, an adapter and a causal language model of transformers.
 
     vocabulary: of the language model as it came. sources: names of the models that `ctc` and `llm` came from and that a folder need not
@@ -240,31 +240,17 @@ class SpeechLlm(nn.Module, AttentionModel):
         return SpeechLlmScorer(self, weight.new_zeros(rows, 0, weight.shape[1]), torch.zeros(rows, dtype=torch.long, device=weight.device))
 
     def parts(self) -> dict[str, nn.Module]:
-        """What learns at rates of its own, beside the CTC part."""
         return {"adapter": nn.ModuleList([self.adapter, self.cross]), "llm": self.llm}
 
     def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a state dict by their names in a model folder: the CTC part is a CTC model's, what a source has anyway is left out."""
         learned = {name for name, p in self.named_parameters() if p.requires_grad}
         kept = {name: x for name, x in state.items() if name.split(".")[0] not in self.sources or name in learned}
-        if (head := self._tied_name()) is not None:
-            kept.pop(head, None)
+        kept.pop(tied_name(self, self.llm) or "", None)
         ctc = {name.removeprefix("ctc."): x for name, x in kept.items() if name.startswith("ctc.")}
         return {**merged_state(self.ctc, ctc), **{n: x for n, x in kept.items() if not n.startswith("ctc.")}}
 
-    def _tied_name(self) -> str | None:
-        """The state's second name of the embeddings, where they are the output matrix too."""
-        head: Any = self.llm.get_output_embeddings()
-        if head.weight is not self.embeddings.weight:
-            return None
-        return next(f"{name}.weight" for name, module in self.named_modules() if module is head)
-
-    def weights(self) -> dict[str, Tensor]:
-        """The model's own tensors by the names they have in a model folder."""
-        return self.named(self.state_dict())
-
     def settings(self) -> dict[str, object]:
-        """What config.json must hold to build the model again without weights and vocabularies."""
         return {
             **self.ctc.settings(),
             "type": "speech_llm",
@@ -282,18 +268,11 @@ class SpeechLlm(nn.Module, AttentionModel):
             (folder / "llm").mkdir(parents=True, exist_ok=True)
             self.vocabulary.save(folder / "llm")
 
-    def save(self, folder: str | Path, *, card: str, dtype: torch.dtype = torch.float16) -> None:
-        """Writes a model folder; the weights in `dtype`, the vocabularies beside them, `card` as README.md."""
-        save_model(folder, self.settings(), self.weights(), card=card, dtype=dtype)
-        self.save_vocabularies(Path(folder))
-
     @classmethod
     def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> SpeechLlm:
         """The model that `save` wrote, low-rank paths merged, in eval mode. Raises ModelError."""
         folder = Path(folder)
-        config = read_config(folder)
-        if config.get("type") != "speech_llm":
-            raise ModelError(f"{folder}: is a model of type {config.get('type')}, expected speech_llm: name the folder of a speech LLM")
+        config = read_config(folder, kind="speech_llm")
         dims, sources = from_json(config["dims"], where=f"{folder}/config.json"), config["sources"]
         assert isinstance(dims, SpeechLlmDims)
         if "llm" in sources:
@@ -334,12 +313,10 @@ class SpeechLlmScorer(DecoderScorer):
         self.heard = model.heard(audio) if audio.shape[1] else []
         self.mask = frame_mask(lengths, audio.shape[1])[:, None, None]
 
-    def _begin(self, rows: int) -> Trie:
+    def _cache(self, rows: int) -> Cache:
         if rows != len(self.audio):
             raise ModelError(f"{rows} rows asked for, but the audio of {len(self.audio)} utterances was encoded")
-        weight = self.output.weight
-        cache = node_cache(int(self.model.llm.config.get_text_config(decoder=True).num_hidden_layers))
-        return Trie.empty(rows, width=weight.shape[1], cache=cache, device=weight.device, dtype=weight.dtype)
+        return node_cache(int(self.model.llm.config.get_text_config(decoder=True).num_hidden_layers))
 
     def _prompts(self, rows: int) -> list[list[int]]:
         before, after = self.model.prompts
@@ -368,16 +345,7 @@ class SpeechLlmScorer(DecoderScorer):
             every = len(trie.utterance) == len(self.audio)
             heard = self.heard if every else [(k[trie.utterance], v[trie.utterance]) for k, v in self.heard]
             options["heard"] = Heard(heard, self.mask[trie.utterance], new)
-        with packing(new):
-            out = self.model.decoder(
-                inputs_embeds=embedded[None],
-                attention_mask=new.mask(embedded.dtype),
-                position_ids=new.positions[None],
-                past_key_values=trie.cache,
-                use_cache=True,
-                **options,
-            )
-        return out.last_hidden_state[0]
+        return run_packed(self.model.decoder, new, trie.cache, embedded.dtype, inputs_embeds=embedded[None], **options)
 
     def _merged(self, trie: Trie, new: NewNodes, embedded: Tensor, sounds: Tensor) -> Tensor:
         """Audio nodes leave keys and values only; the others go through the model."""

@@ -66,6 +66,17 @@ class Windowing:
                 found[w] = frames[first : len(frames) if w.keep_to == w.end else last]
         return [torch.cat([found[w] for w in windows if w.utterance == i]) for i in range(len(sizes))]
 
+    def over(self, features: Sequence[Tensor], run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """[T, ...] per utterance of features [F, ...]; `run` gives (frames [B, T, ...], lengths) of a padded batch and its lengths [B]."""
+
+        def encode(batch: list[Window]) -> list[Tensor]:
+            parts = [features[w.utterance][w.start : w.end] for w in batch]
+            lengths = torch.tensor([len(x) for x in parts], device=parts[0].device)
+            frames, sizes = run(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths)
+            return [x[:n] for x, n in zip(frames, sizes.tolist(), strict=True)]
+
+        return self.joined([len(x) for x in features], encode)
+
     def _batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
         """Windows of like length together, one at least."""
         room, batch = int(self.batch_seconds * self.per_second), list[Window]()

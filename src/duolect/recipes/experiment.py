@@ -28,7 +28,7 @@ from duolect.models.hf_encoder import HuggingFaceEncoder
 from duolect.models.lm import load_language_model
 from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims, Trainable
 from duolect.models.warm_start import warm_start
-from duolect.run import RunFolder, write_json
+from duolect.run import open_run, write_json
 from duolect.train.asr import AsrTask, Corpus, Learning
 from duolect.train.checkpoint import STATE, TrainError
 from duolect.train.loop import TrainConfig, train
@@ -82,8 +82,8 @@ class LlmPart:
 @dataclass(frozen=True)
 class AsrExperiment:
     """An acoustic model and how it comes about. heads: layers with an auxiliary CTC head. checks: validation sets by name, the first one
-    decides what is best. held_out: so many training utterances of rare speakers are kept for the check `held-out`. start: a model folder or
-    checkpoint whose weights are taken where they fit."""
+    decides what is best. held_out: so many training utterances of rare speakers are kept for the check `held-out`. start: a model folder
+    whose weights are taken where they fit."""
 
     recipe: str
     corpora: tuple[Corpus, ...]
@@ -107,7 +107,6 @@ def run(
     *,
     world: World,
     mirror: str = "",
-    command: Sequence[str] | None = None,
     deviations: Sequence[str] = (),
     frames: dict[Any, Any] | None = None,
 ) -> Mapping[str, float]:
@@ -129,7 +128,7 @@ def run(
         )
     made = _encoder(experiment.encoder)  # before the folder: a wrong name leaves none
     if world.first:
-        _open(experiment, out, world, command, deviations)
+        _open(experiment, out, world, deviations)
     world.barrier()
     if isinstance(made, CtcModel):
         ctc = made
@@ -187,7 +186,7 @@ def _corpora(
     return corpora, held
 
 
-def _open(experiment: AsrExperiment, out: Path, world: World, command: Sequence[str] | None, deviations: Sequence[str]) -> None:
+def _open(experiment: AsrExperiment, out: Path, world: World, deviations: Sequence[str]) -> None:
     """Makes the run folder, or takes it up; one of another experiment that never came to save anything is begun anew."""
     if (out / "recipe.json").is_file() and not (out / STATE).is_file():
         for old in (
@@ -196,7 +195,7 @@ def _open(experiment: AsrExperiment, out: Path, world: World, command: Sequence[
         ):
             old.unlink(missing_ok=True)
         shutil.rmtree(out / "units", ignore_errors=True)
-    RunFolder.open(out, recipe=experiment, device=str(world.device), seed=experiment.training.seed, command=command)
+    open_run(out, recipe=experiment, device=str(world.device), seed=experiment.training.seed)
     write_json(out / "deviations.json", list(deviations))
 
 

@@ -18,7 +18,7 @@ from duolect.data.text import TextLines
 from duolect.models.embedded import resolve
 from duolect.models.finetuned import Learns, LmDims, Written, fitted, save_fitted
 from duolect.models.lm import load_language_model
-from duolect.run import RunFolder, write_json
+from duolect.run import open_run, write_json
 from duolect.train.checkpoint import TrainError
 from duolect.train.language import LmTask, TextLearning
 from duolect.train.loop import TrainConfig, train
@@ -96,7 +96,6 @@ def run(
     world: World,
     mirror: str = "",
     deviations: Sequence[str] = (),
-    command: Sequence[str] | None = None,
 ) -> Mapping[str, float]:
     """The figures of the trained model, which lies in out/model; the same experiment and folder go on where they stopped.
 
@@ -116,7 +115,7 @@ def run(
     if not any(p.requires_grad for p in llm.parameters()):
         raise TrainError(f"nothing of {experiment.model} is to learn: name new units with --units, or --learns lora or all")
     if world.first:
-        RunFolder.open(out, recipe=experiment, device=str(world.device), seed=experiment.training.seed, command=command)
+        open_run(out, recipe=experiment, device=str(world.device), seed=experiment.training.seed)
         write_json(out / "deviations.json", list(deviations))
         for lines, times in corpora:
             _say(f"{lines.path}: {len(lines)} sentences{f', {times} times an epoch' if times > 1 else ''}{_unknown(lines, vocabulary)}")

@@ -9,14 +9,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import huggingface_hub
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from duolect.models import ModelError
+from duolect.models import ModelError, Precision
 from duolect.models.aed import AttentionModel, load_attention_model
 from duolect.models.ctc import AcousticModel, load_acoustic_model
 from duolect.models.embedded import MODELS, SHIPPED_MODELS, resolve
@@ -26,7 +26,6 @@ from duolect.models.priors import read_prior
 from duolect.vocabulary import Vocabulary
 
 T = TypeVar("T")
-Precision = Literal["float32", "bfloat16", "float16"]
 KINDS = {
     "acoustic": ("a CTC acoustic model", "duolect-ctc"),
     "language": ("a causal language model", "duolect-lm, smollm2-135m, duolect-unit-lm"),

@@ -23,7 +23,7 @@ from duolect.data.pieces import SubwordSampler
 from duolect.data.utterance import Utterance, load_audio
 from duolect.models.aed import AedModel
 from duolect.models.attention_decoder import smoothed_cross_entropy
-from duolect.models.ctc import CtcModel, CtcOutput, Heads, save_model
+from duolect.models.ctc import CtcModel, CtcOutput, Heads
 from duolect.models.encoders import Encoded, Encoder
 from duolect.models.extended import ExtendedEncoder
 from duolect.models.speech_llm import SpeechLlm, Trainable
@@ -391,8 +391,7 @@ class AsrTask(Task[Heard, AsrBatch]):
         return found
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None:
-        save_model(folder, self.model.settings(), self.model.named(weights), card=f"{self.card}\nTrained so far: {note}.\n")
-        self.model.save_vocabularies(folder)
+        self.model.save(folder, card=f"{self.card}\nTrained so far: {note}.\n", state=weights)
 
 
 def _at_rest(model: Trainable) -> Encoder:

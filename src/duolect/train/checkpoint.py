@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,10 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from duolect.run import readable
+from duolect.run import write_tensors
 from duolect.train.optim import Average
 from duolect.train.parallel import World, like, whole
 from duolect.train.task import Place
@@ -46,14 +44,8 @@ def check_room(folder: Path, model: nn.Module, *, copies: int) -> None:
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], *, note: Mapping[str, object] | None = None) -> None:
     """Writes tensors whole or not at all; note: JSON values, kept in the file's metadata."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
     # Tied weights are one tensor under two names, which safetensors refuses: each name gets its own copy.
-    save_file({name: x.contiguous().clone() for name, x in weights.items()}, part, metadata={"note": json.dumps(dict(note or {}))})
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    readable(part)
-    part.replace(path)
+    write_tensors(path, {name: x.contiguous().clone() for name, x in weights.items()}, metadata={"note": json.dumps(dict(note or {}))})
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
