@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from duolect.search.fusion import Fused, Retokenized, SearchError, at_end, at_word_end, every, every_label
+from duolect.search.fusion import AtEnd, AtWordEnd, Every, EveryLabel, Fused, Retokenized, SearchError
 from duolect.search.label import label_beam_search
 from duolect.search.prefix import CtcPrefix
 from tests.conftest import tiny_lm
@@ -106,7 +106,7 @@ def test_label_search_ranks_all_sequences_like_enumeration(letters, kind, expone
     assert normalized == pytest.approx(sorted(normalized, reverse=True), abs=2e-4)
 
 
-@pytest.mark.parametrize("when", [every_label(), every_label(lookahead=False), every(2), at_word_end, at_end])
+@pytest.mark.parametrize("when", [EveryLabel(), EveryLabel(lookahead=False), Every(2), AtWordEnd(), AtEnd()])
 def test_joint_with_ctc_every_sequence_has_its_exact_score(letters, when):
     lm = tiny_lm("qwen2", letters)
     x = random_log_probs(3, 6, letters, seed=12)[:, :5]
@@ -122,7 +122,7 @@ def test_joint_with_ctc_every_sequence_has_its_exact_score(letters, when):
 
 
 @pytest.mark.parametrize("other", ["bytes", "pieces"])
-@pytest.mark.parametrize("when", [every(1), at_word_end, at_end])
+@pytest.mark.parametrize("when", [Every(1), AtWordEnd(), AtEnd()])
 def test_joint_search_is_exact_through_another_tokenizer(letters, other_vocabularies, other, when):
     lm = tiny_lm("llama", other_vocabularies[other])
     x = random_log_probs(2, 5, letters, seed=13)
@@ -157,7 +157,7 @@ def test_greedy_is_beam_one(letters):
 
 
 @pytest.mark.parametrize("beam", [1, 3, 8])
-@pytest.mark.parametrize("when", [every_label(), at_word_end])
+@pytest.mark.parametrize("when", [EveryLabel(), AtWordEnd()])
 def test_label_search_of_a_batch_equals_each_alone(letters, beam, when):
     lm = tiny_lm("llama", letters)
     x = random_log_probs(5, 9, letters, seed=14)
@@ -194,6 +194,6 @@ def test_label_search_refuses_what_cannot_work(letters):
     with pytest.raises(SearchError, match="beam of 0"):
         label_beam_search({"lm": Fused(scorer=lm, scale=1.0)}, 1, beam=0, max_labels=3)
     with pytest.raises(SearchError, match="proposes labels"):
-        label_beam_search({"lm": Fused(scorer=lm, scale=1.0, when=at_end)}, 1, beam=2, max_labels=3)
+        label_beam_search({"lm": Fused(scorer=lm, scale=1.0, when=AtEnd())}, 1, beam=2, max_labels=3)
     with pytest.raises(SearchError, match="proposes labels"):
         label_beam_search({}, 1, beam=2, max_labels=3)

@@ -54,7 +54,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class EveryLabel(Schedule):
-    """Label-wise fusion."""
+    """Label-wise fusion; with lookahead its scores decide which labels survive at all, without it they come one step later."""
 
     lookahead: bool = True
 
@@ -67,7 +67,7 @@ class EveryLabel(Schedule):
 
 @dataclass(frozen=True)
 class Every(Schedule):
-    """Delayed fusion every `interval` steps (RWTH's fixed interval; paper.md 2.7)."""
+    """Delayed fusion every `interval` frames, or labels in a label-synchronous search (RWTH's fixed interval; paper.md 2.7)."""
 
     interval: int
 
@@ -122,32 +122,13 @@ class AtEnd(Schedule):
         return torch.zeros_like(pending.alive)
 
 
-def every_label(*, lookahead: bool = True) -> Schedule:
-    """Label-wise fusion; with lookahead its scores decide which labels survive at all, without it they come one step later."""
-    return EveryLabel(lookahead)
-
-
-def every(interval: int) -> Schedule:
-    """Delayed fusion every `interval` frames (or labels, in a label-synchronous search)."""
-    return Every(interval)
-
-
-at_word_end: Schedule = AtWordEnd()
-at_end: Schedule = AtEnd()
-
-
-def shortest_hypothesis(labels: int = 1) -> Schedule:
-    """Delayed fusion once every hypothesis of the beam has at least `labels` labels to be scored."""
-    return ShortestHypothesis(labels)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Fused:
     """One term of the log-linear model: scale * log p, asked when the schedule says so."""
 
     scorer: Scorer[Any]
     scale: float
-    when: Schedule = field(default_factory=every_label)
+    when: Schedule = field(default_factory=EveryLabel)
 
 
 def weighted(scale: float, score: Tensor) -> Tensor:
@@ -247,8 +228,8 @@ class ByWord(Scorer[Held[State]]):
 
     def log_probs(self, state: Held[State], labels: Tensor | None = None) -> Tensor:
         raise SearchError(
-            "a scorer that hears whole words cannot score single labels ahead of pruning: fuse it with every_label(lookahead=False), "
-            "every(n), at_word_end, shortest_hypothesis() or at_end"
+            "a scorer that hears whole words cannot score single labels ahead of pruning: fuse it with EveryLabel(lookahead=False), "
+            "Every(n), AtWordEnd(), ShortestHypothesis() or AtEnd()"
         )
 
     def advance(self, state: Held[State], labels: Tensor, lengths: Tensor) -> tuple[Tensor, Held[State]]:

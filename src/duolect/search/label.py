@@ -68,7 +68,7 @@ def label_beam_search(
     vocabulary = vocabulary or (first.scorer.vocabulary if first else None)
     if vocabulary is None or not any(f.when.lookahead and f.scale != 0 for f in fused.values()):
         raise SearchError(
-            "a label-synchronous search needs a scorer that proposes labels: one fused with every_label() and a scale that is not 0"
+            "a label-synchronous search needs a scorer that proposes labels: one fused with EveryLabel() and a scale that is not 0"
         )
     if beam < 1:
         raise SearchError(f"a beam of {beam} holds no hypothesis: give 1 or more")
