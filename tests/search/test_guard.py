@@ -71,7 +71,6 @@ def test_evidence_is_that_of_the_best_of_all_alignments(letters):
             assert (evidence.start, evidence.end) == pytest.approx((start * SECONDS, end * SECONDS))
             assert evidence.log_prob == pytest.approx(log_prob / len(word), abs=1e-5)
             assert evidence.log_ratio == pytest.approx((log_prob - sum(float(x[t].max()) for t in inside)) / len(word), abs=1e-5)
-            assert evidence.labels_per_second == pytest.approx(len(word) / ((end - start) * SECONDS))
 
 
 def case_of(words, x, vocabulary, guard=DEFAULT):

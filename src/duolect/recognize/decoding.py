@@ -94,8 +94,7 @@ def reduced(output: CtcOutput, vocabulary: Vocabulary, *, collapse: float | None
     if keep_labels is not None:
         log_probs = prune_labels(log_probs, lengths, keep=keep_labels, vocabulary=vocabulary)
     if collapse is not None:
-        fewer = soft_collapse(log_probs, lengths, threshold=collapse)
-        log_probs, lengths = fewer.log_probs, fewer.lengths
+        log_probs, lengths = soft_collapse(log_probs, lengths, threshold=collapse)
     return CtcOutput(log_probs, lengths)
 
 

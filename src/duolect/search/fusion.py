@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from duolect.scorer import Scorer
 from duolect.vocabulary import Vocabulary, VocabularyError
 
 State = TypeVar("State")
+Scores = TypeVar("Scores", Tensor, np.ndarray)
+NEG = float("-inf")
 
 
 class SearchError(ValueError):
@@ -131,9 +134,9 @@ class Fused:
     when: Schedule = field(default_factory=EveryLabel)
 
 
-def weighted(scale: float, score: Tensor) -> Tensor:
+def weighted(scale: float, score: Scores) -> Scores:
     """scale * score, and 0 where the scale is 0 even if the score is -inf."""
-    return torch.zeros_like(score) if scale == 0 else scale * score
+    return scale * score if scale else score.clip(0.0, 0.0)
 
 
 @dataclass(frozen=True)

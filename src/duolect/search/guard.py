@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from duolect.search.align import AlignedLabel, align
-from duolect.search.fusion import SearchError
+from duolect.search.fusion import NEG, SearchError
 from duolect.search.prefix import FLOOR, IMPOSSIBLE, CtcPrefix
 from duolect.vocabulary import Vocabulary
 
-NEG = float("-inf")
 MOST_CELLS = 30_000_000  # frames x labels, and frames x words, looked at together: half a gigabyte, four minutes of anything
 Policy = Literal["off", "warn", "truncate", "rejoint", "ctc"]
 Cause = Literal["silence", "tail", "loop", "words", "unexplained"]
@@ -56,10 +55,6 @@ class Evidence:
     log_prob: float | None = None
     log_ratio: float | None = None
     cause: Cause | None = None
-
-    @property
-    def labels_per_second(self) -> float:
-        return self.labels / (self.end - self.start) if self.frames else 0.0
 
 
 class Loop(NamedTuple):

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from duolect.scorer import Hypothesis
-from duolect.search.fusion import Fused, Pending, SearchError, weighted
+from duolect.search.fusion import NEG, Fused, Pending, SearchError, weighted
 from duolect.vocabulary import Vocabulary
 
-NEG = float("-inf")
 LONGEST_LOOP = 8
 """Labels of a repeated stretch that `looping` looks for."""
 
@@ -55,23 +54,21 @@ def label_beam_search(
     length_exponent: float = 0.0,
     stop: Literal["best", "all"] = "best",
     repeats: int | None = None,
-    vocabulary: Vocabulary | None = None,
 ) -> list[list[Hypothesis]]:
     """Up to `beam` finished hypotheses per utterance, best first, by (sum_i scale_i * log p_i) / (labels incl. eos)^length_exponent.
 
-    Scorers whose schedule looks ahead propose labels; the others are asked when their schedule says so. `vocabulary`: the search's,
-    else that of the first scorer. max_labels (int or [B]): a hypothesis of that many labels can only end. stop: `best` ends an
+    Scorers whose schedule looks ahead propose labels, of the first one's vocabulary; the others are asked when their schedule says so.
+    max_labels (int or [B]): a hypothesis of that many labels can only end. stop: `best` ends an
     utterance once nothing still growing can overtake its best finished hypothesis, `all` once the whole beam has ended. repeats: a
     hypothesis that ends in so many repetitions of the same 1 to LONGEST_LOOP labels can only end; None: nobody looks.
     """
-    first = next(iter(fused.values()), None)
-    vocabulary = vocabulary or (first.scorer.vocabulary if first else None)
-    if vocabulary is None or not any(f.when.lookahead and f.scale != 0 for f in fused.values()):
+    if not any(f.when.lookahead and f.scale != 0 for f in fused.values()):
         raise SearchError(
             "a label-synchronous search needs a scorer that proposes labels: one fused with EveryLabel() and a scale that is not 0"
         )
     if beam < 1:
         raise SearchError(f"a beam of {beam} holds no hypothesis: give 1 or more")
+    vocabulary = next(iter(fused.values())).scorer.vocabulary
     for name, f in fused.items():
         vocabulary.require_same(f.scorer.vocabulary, here="the search", there=name)
     with torch.no_grad():
@@ -88,14 +85,11 @@ def _search(
     stop: str,
     repeats: int | None,
 ) -> list[list[Hypothesis]]:
-    terms = {}
-    for name, f in fused.items():
-        zero = torch.zeros(utterances, 1)
-        terms[name] = Term(f, f.scorer.start(utterances), zero, zero.long())
+    zero, index = torch.zeros(utterances, 1), torch.zeros(utterances, 1, dtype=torch.long)
+    terms = {name: Term(f, f.scorer.start(utterances), zero, index) for name, f in fused.items()}
     limit = torch.as_tensor(max_labels).expand(utterances)
     starts = torch.tensor(vocabulary.word_starts)
-    index = torch.zeros(utterances, 1, dtype=torch.long)
-    now = Beam(torch.zeros(utterances, 1), index[..., None][..., :0], index, index > 0)
+    now = Beam(zero, index[..., None][..., :0], index, index > 0)
     who = torch.arange(utterances)  # the utterances still searched; finished ones leave the batch, so that no straggler holds them
     results: list[list[Hypothesis]] = [[] for _ in range(utterances)]
     step = 0
@@ -118,11 +112,8 @@ def _search(
             for b in done.nonzero()[:, 0].tolist():
                 results[int(who[b])] = _hypotheses(now, terms, b, vocabulary, exponent)
             keep = (~done).nonzero()[:, 0]
-            who, now, terms = (
-                who[keep],
-                _kept(now, keep),
-                {name: _kept_term(term, keep, now.score.shape[1]) for name, term in terms.items()},
-            )
+            who, now = who[keep], Beam(now.score[keep], now.history[keep], now.length[keep], now.ended[keep])
+            terms = {name: _kept(term, keep) for name, term in terms.items()}
     return results
 
 
@@ -213,11 +204,8 @@ def _rescored(now: Beam, terms: Mapping[str, Term]) -> Beam:
     return replace(now, score=torch.where(now.score == NEG, NEG, torch.nan_to_num(score, nan=NEG, neginf=NEG)))
 
 
-def _kept(now: Beam, keep: Tensor) -> Beam:
-    return Beam(now.score[keep], now.history[keep], now.length[keep], now.ended[keep])
-
-
-def _kept_term(term: Term, keep: Tensor, k: int) -> Term:
+def _kept(term: Term, keep: Tensor) -> Term:
+    k = term.score.shape[1]
     rows = (keep[:, None] * k + torch.arange(k)).flatten()
     return Term(term.fused, term.fused.scorer.select(term.state, rows), term.score[keep], term.seen[keep])
 
