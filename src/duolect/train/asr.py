@@ -179,7 +179,7 @@ class AsrTask(Task[Heard, AsrBatch]):
         if corpus.parts == 1:
             return items
         shards = [x.utterance.audio for x in items]
-        return [items[i] for i in sub_epoch(len(items), index=epoch, parts=corpus.parts, seed=self.seed, groups=shards)]
+        return [items[i] for i in sub_epoch(shards, index=epoch, parts=corpus.parts, seed=self.seed)]
 
     def load(self, items: Sequence[Heard], place: Place) -> AsrBatch | None:
         rows = [row for x in items if (row := self._row(x, place)) is not None]
