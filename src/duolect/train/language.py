@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,24 +50,12 @@ class Sentences(Batch):
     def counts(self) -> Mapping[str, int]:
         return {"nats": int((self.targets != IGNORED).sum())}
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {"inputs": self.inputs, "targets": self.targets}
-
-    def on(self, device: torch.device) -> Sentences:
-        return Sentences(self.inputs.to(device), self.targets.to(device))
-
-
-class Saver(Protocol):
-    """Writes a model folder of a state dict and a note."""
-
-    def __call__(self, folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None: ...
-
 
 class LmTask(Task[int, Sentences]):
     """Next-label prediction of sentences, each after bos and up to eos.
 
-    corpora: texts, and how often each is read in an epoch. checks: validation texts by name. New embeddings learn at the rate
-    `embeddings`, all else at `llm`.
+    corpora: texts, and how often each is read in an epoch. checks: validation texts by name. save: writes a model folder of a state dict
+    and a note. New embeddings learn at the rate `embeddings`, all else at `llm`.
     """
 
     model: PreTrainedModel
@@ -81,7 +69,7 @@ class LmTask(Task[int, Sentences]):
         checks: Mapping[str, TextLines],
         *,
         seed: int,
-        save: Saver,
+        save: Callable[[Path, Mapping[str, Tensor], str], None],
     ) -> None:
         self.model, self.vocabulary, self.learning, self.seed, self.checks = model, vocabulary, learning, seed, checks
         self.texts = [lines for lines, times in corpora for _ in range(times)]
@@ -155,7 +143,7 @@ class LmTask(Task[int, Sentences]):
         return found
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None:
-        self._save(folder, weights, note=note)
+        self._save(folder, weights, note)
 
     def name_of(self, item: int) -> str:
         return f"{self._text(item)[:40]!r}"
