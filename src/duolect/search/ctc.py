@@ -163,7 +163,8 @@ def _search(
     groups = frames.own.shape[1]
     terms = {name: _begin(f, groups, vocabulary.size) for name, f in fused.items()}
     assert vocabulary.blank is not None
-    now, starts, hashes = _empty(groups, vocabulary.blank), np.array(vocabulary.word_starts), _label_hashes(vocabulary.size)
+    now, starts = _empty(groups, vocabulary.blank), np.array(vocabulary.word_starts)
+    hashes = np.random.default_rng(20260315).integers(-(2**62), 2**62, vocabulary.size) | 1
     for i, rested in enumerate(np.any(frames.rests, axis=(1, 2)).tolist()):
         if rested:
             rests = frames.rests[i]
@@ -349,10 +350,6 @@ def _hypotheses(now: Beam, terms: Mapping[str, Term], vocabulary: Vocabulary, co
 def _empty(groups: int, blank: int) -> Beam:
     zero, index = np.zeros((groups, 1)), np.zeros((groups, 1), dtype=np.int64)
     return Beam(zero, zero + NEG, index + blank, index, index[..., None].astype(np.int32), index + 1, index)
-
-
-def _label_hashes(size: int) -> np.ndarray:
-    return np.random.default_rng(20260315).integers(-(2**62), 2**62, size) | 1
 
 
 def _check(log_probs: Tensor, vocabulary: Vocabulary, beam: int, fused: Mapping[str, Fused], floors: Mapping[str, float | None]) -> None:

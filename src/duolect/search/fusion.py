@@ -196,22 +196,19 @@ class Held(Generic[State]):
     begun: Tensor  # [R] bool: a word has gone to the inner scorer, the next one is not the first
 
 
-Convert = Callable[[tuple[int, ...], bool], Sequence[int]]
-"""(labels of one word, whether it is the first) -> the inner scorer's labels."""
-
-
 class ByWord(Scorer[Held[State]]):
     """A scorer that hears whole words: labels of an unfinished word are held back, complete ones are converted and passed on.
 
     Converting word by word makes the result independent of where the calls cut the labels. The score of a label is known late, so there
     is no `log_probs`: the schedule must be one without lookahead. A word of more than LONGEST_WORD labels is passed on in such parts.
+    convert: (labels of one word, whether it is the first) -> the inner scorer's labels.
     """
 
     def __init__(
         self,
         scorer: Scorer[State],
         vocabulary: Vocabulary,
-        convert: Convert,
+        convert: Callable[[tuple[int, ...], bool], Sequence[int]],
         *,
         end: Sequence[int] = (),
         begun: bool = False,

@@ -43,16 +43,14 @@ class Guard:
 class Evidence:
     """A word as it was written, what CTC heard of it, and why it is suspect (None: it is not). Times in seconds.
 
-    frames: those of its labels, blanks between them left out; log_prob: of these frames under the best alignment, per label; log_ratio:
-    less that of the best path there, <= 0. None: CTC cannot spell the word, or no alignment has room for it.
+    log_ratio: log p of its frames under the best alignment less that of the best path there, per label, <= 0. None: CTC cannot spell the
+    word, or no alignment has room for it.
     """
 
     text: str
     start: float
     end: float
-    frames: int = 0
     labels: int = 0
-    log_prob: float | None = None
     log_ratio: float | None = None
     cause: Cause | None = None
 
@@ -253,11 +251,9 @@ class _Case:
         for i, items in aligned.items():
             out[i] = Evidence(self.words[i], end, end)
             if spoken := [item for item in items if self.vocabulary.decode([item.label]).strip()]:
-                at = [(t, item.label) for item in spoken for t in range(item.start, item.end)]
-                log_prob = float(sum(self.x[t, y] for t, y in at)) / len(spoken)
-                best = float(sum(self.x[t].max() for t, _ in at)) / len(spoken)
+                ratio = sum(float(self.x[t, item.label] - self.x[t].max()) for item in spoken for t in range(item.start, item.end))
                 start, end = spoken[0].start * self.seconds, spoken[-1].end * self.seconds
-                out[i] = Evidence(self.words[i], start, end, len(at), len(spoken), log_prob, min(0.0, log_prob - best))
+                out[i] = Evidence(self.words[i], start, end, len(spoken), ratio / len(spoken))
         return out
 
     def dear(self, words: Sequence[Evidence]) -> list[range]:

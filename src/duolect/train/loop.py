@@ -149,7 +149,8 @@ def train(
         average.update(place.step)
         place = Place(place.step + 1, place.epoch, place.update + 1, monitor.seconds)
         progress = run.progress(place, per_epoch)
-        monitor.step(place, progress, rates, log=place.step % config.log_every == 0)
+        if place.step % config.log_every == 0:
+            monitor.log(place, progress, rates)
         if place.step % config.validate_every == 0 and progress < 1.0:
             with average.used():
                 figures = _validated(run, place)
