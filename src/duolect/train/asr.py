@@ -32,7 +32,7 @@ from duolect.search.fusion import Fused
 from duolect.search.label import label_beam_search
 from duolect.train.checkpoint import TrainError
 from duolect.train.task import Batch, Place, Ratio, Task, shares
-from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
+from duolect.vocabulary import Vocabulary
 
 CHECK_SECONDS = 60.0  # of padded audio in a batch of validation
 MOST_UNREADABLE = 0.05  # share of the utterances, above which training stops
@@ -129,10 +129,7 @@ class AsrTask(Task[Heard, AsrBatch]):
         self._audio: dict[Recording, np.ndarray] | None = {} if hours <= KEPT_HOURS else None
         self._frames = {} if frames is None else frames  # of the encoder that rests, by version
         self._unreadable: set[Recording] = set()
-        self._sampler = None
-        if learning.sampling is not None:
-            assert isinstance(self.ctc.vocabulary, SentencePieceVocabulary)
-            self._sampler = SubwordSampler(self.ctc.vocabulary, alpha=learning.sampling)
+        self._sampler = None if learning.sampling is None else SubwordSampler(self.ctc.vocabulary, alpha=learning.sampling)
 
     @property
     def network(self) -> nn.Module:

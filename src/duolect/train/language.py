@@ -18,7 +18,7 @@ from duolect.data.batching import dealt, shuffled_batches
 from duolect.data.pieces import SubwordSampler
 from duolect.data.text import TextLines
 from duolect.train.task import Batch, Place, Ratio, Task, shares
-from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
+from duolect.vocabulary import Vocabulary
 
 IGNORED = -100  # labels of padding
 _MEASURED = 1 << 25  # bytes of text whose labels are counted; of more, the lengths are estimated from the bytes
@@ -76,11 +76,7 @@ class LmTask(Task[int, Sentences]):
         self.begins = np.cumsum([0, *map(len, self.texts)])  # item numbers run through the texts
         counted = {id(lines): np.minimum(self._lengths(lines), learning.longest) + 1.0 for lines, _ in corpora}
         self.sizes: list[float] = np.concatenate([counted[id(lines)] for lines in self.texts]).tolist()
-        self.sampler = None
-        if learning.sampling is not None:
-            if not isinstance(vocabulary, SentencePieceVocabulary):
-                raise ValueError("sampling draws SentencePiece segmentations, and the units are none: set learning.sampling=null")
-            self.sampler = SubwordSampler(vocabulary, alpha=learning.sampling)
+        self.sampler = None if learning.sampling is None else SubwordSampler(vocabulary, alpha=learning.sampling)
         self._save = save
 
     def _lengths(self, lines: TextLines) -> np.ndarray:
