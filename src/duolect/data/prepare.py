@@ -121,7 +121,7 @@ def prepare(
         lost: list[Skipped] = []
         seen = 0
         try:
-            tasks = [(plan.out, f"audio-{n:05}", part, plan.codec) for n, part in enumerate(plan.parts)]
+            tasks: list[Task] = [(plan.out, f"audio-{n:05}", part, plan.codec) for n, part in enumerate(plan.parts)]
             for shard in in_order(_shard, tasks, workers=workers):
                 lost += shard.skipped
                 seen += shard.utterances + len(shard.skipped)
@@ -306,5 +306,8 @@ def _finish(plan: Plan, lost: list[Skipped]) -> tuple[Skipped, ...]:
 
 
 def _sha256(path: Path) -> str:
+    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()

@@ -149,8 +149,13 @@ def _frames(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, floor: f
         scores, labels, counts = x, torch.arange(size, device=x.device).expand_as(x), torch.full_like(counts, size)
     scores, labels = (torch.nn.functional.pad(y, (1, 0), value=z).cpu().numpy() for y, z in ((scores, NEG), (labels, -2)))
     tried = [slice(0, 1 + n) for n in counts.tolist()]
+    arrays = [y.cpu().numpy() for y in (step.T, rests > 0, rest, blanks, x)]
     return Frames(
-        *(y.cpu().numpy() for y in (step.T, rests > 0, rest, blanks, x)),
+        arrays[0],
+        arrays[1],
+        arrays[2],
+        arrays[3],
+        arrays[4],
         [np.ascontiguousarray(y[:, n]) for y, n in zip(labels, tried, strict=True)],
         [y[:, n] for y, n in zip(scores, tried, strict=True)],
         sure if most < size else [False] * len(sure),

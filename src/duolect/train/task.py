@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Batch(ABC):
         found |= {f"{name}.{key}": x for name, part in found.items() if isinstance(part, Mapping) for key, x in part.items()}
         return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
-    def on(self, device: torch.device) -> Self:
+    def on(self: BatchT, device: torch.device) -> BatchT:
         """The same batch there."""
 
         def there(value: Any) -> Any:
