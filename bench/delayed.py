@@ -26,7 +26,7 @@ from duolect.data.utterance import load_audio
 from duolect.models.ctc import load_acoustic_model
 from duolect.scorer import Hypothesis, Scorer
 from duolect.search.ctc import ctc_beam_search
-from duolect.search.fusion import Fused, Retokenized, every
+from duolect.search.fusion import Every, Fused, Retokenized
 
 DEMO = Path(__file__).parents[1] / "src" / "duolect" / "embedded" / "demo" / "manifest.jsonl"
 
@@ -112,7 +112,7 @@ def main() -> None:
     plain = {name: WithoutCache(network, lm, distinct=name == "distinct") for name in ("doubled", "distinct")}
 
     def searched(scorer: Scorer[Any]) -> list[list[Hypothesis]]:
-        term = Fused(scorer=Retokenized(scorer, am.vocabulary), scale=0.4, when=every(args.interval))
+        term = Fused(scorer=Retokenized(scorer, am.vocabulary), scale=0.4, when=Every(args.interval))
         return ctc_beam_search(heard.log_probs, heard.lengths, vocabulary=am.vocabulary, beam=args.beam, fused={"lm": term})
 
     ways: dict[str, Callable[[], list[list[Hypothesis]]]] = {n: lambda s=s: searched(s) for n, s in {**plain, "trie": lm}.items()}

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from duolect.data.batching import batches_by_seconds, padding_share, shuffled_batches
+from duolect.data.batching import batches_by_seconds, shuffled_batches
 from duolect.data.filter import Labelled, usable
 from duolect.data.pieces import PiecesError, sentences, train_pieces
 from duolect.data.sources import open_source
@@ -287,6 +287,12 @@ def padding_row(seconds: Sequence[float], batch_seconds: float, speeds: Sequence
         for name, batches in orders.items():
             shares.setdefault(f"{name} %", []).append(100 * padding_share(heard, batches=batches))
     return row | {name: statistics.mean(x) for name, x in shares.items()} | {"details": shares}
+
+
+def padding_share(seconds: Sequence[float], *, batches: Sequence[Sequence[int]]) -> float:
+    """The share, 0 .. 1, of the padded seconds of all batches that is padding."""
+    padded = sum(max(seconds[i] for i in batch) * len(batch) for batch in batches)
+    return 1 - sum(seconds[i] for batch in batches for i in batch) / padded
 
 
 def cut(order: Sequence[int], seconds: Sequence[float], batch_seconds: float) -> list[list[int]]:

@@ -92,7 +92,7 @@ class Vocabulary(ABC):
         if self.word_joint == "none":
             raise VocabularyError(
                 f"vocabulary {self.digest()}: the labels of a text are not those of its words in a row (its pre-tokenizer crosses "
-                "spaces), so hypotheses cannot be converted word by word; rescore finished texts instead (when=at_end)"
+                "spaces), so hypotheses cannot be converted word by word; rescore finished texts instead (when=AtEnd())"
             )
         key = word if first or self.word_joint == "dummy" else " " + word
         # A search asks for the same few words again and again, and tokenizers take a tenth of a millisecond each time.

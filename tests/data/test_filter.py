@@ -95,18 +95,6 @@ def test_too_much_lost_is_one_line(corpus: dict[str, Utterance], tmp_path: Path)
     assert usable([], LETTERS, seconds_per_frame=0.04).items == ()
 
 
-def test_decoding_finds_what_headers_hide(corpus: dict[str, Utterance], tmp_path: Path) -> None:
-    whole = flac(3.0)
-    broken = bytearray(whole)
-    broken[len(whole) // 2 :] = b"\0" * (len(whole) - len(whole) // 2)
-    (tmp_path / "broken.flac").write_bytes(broken)
-    bad = Utterance("bad", tmp_path / "broken.flac", 3.0, "a", {"id": "bad"})
-    lying = replace(corpus["good"], seconds=7.0)
-    assert len(usable([bad, lying], LETTERS, seconds_per_frame=0.04).items) == 2
-    found = usable([bad, lying], LETTERS, seconds_per_frame=0.04, audio="decode", max_share_lost=0.5)
-    assert [x.reason for x in found.skipped] == ["corrupt"] and [x.seconds for x in found.items] == [2.0]
-
-
 def test_vocabularies(corpus: dict[str, Utterance]) -> None:
     pieces = sentence_pieces(["a good one", "one a good", "go on don a"], size=18)
     for text, vocabulary, case, kept in [

@@ -12,7 +12,7 @@ import pytest
 from duolect.audio.augment import random_for
 from duolect.data import pieces as module
 from duolect.data.pieces import PiecesError, SubwordSampler, train_pieces
-from duolect.vocabulary import SentencePieceVocabulary, load_vocabulary
+from duolect.vocabulary import CharacterVocabulary, SentencePieceVocabulary, load_vocabulary
 
 TEXT = """the cat sat on the mat
 The dog ate the cat's dinner in 1984
@@ -108,3 +108,8 @@ def test_what_is_kept_is_bounded(vocabulary: SentencePieceVocabulary, monkeypatc
     sampler = SubwordSampler(vocabulary, alpha=0.5)
     sampler.sample("the cat sat on another mat", np.random.default_rng(0))
     assert len(sampler._known) <= 3
+
+
+def test_units_that_are_no_pieces_cannot_be_sampled() -> None:
+    with pytest.raises(PiecesError, match="SentencePiece segmentations, and the units are none"):
+        SubwordSampler(CharacterVocabulary(["<pad>", "<s>", "</s>", "|", "a"]), alpha=0.5)

@@ -457,15 +457,15 @@ def test_a_remote_file_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.Mo
     memory = fsspec.filesystem("memory")
     memory.pipe("/small/train-00000-of-00001.parquet", path.read_bytes())
     (part,), _ = corpora._parquet_parts("memory://small/train-00000-of-00001.parquet", size=10), None
-    opened, failures = corpora._opened, [OSError("reset by peer"), OSError("503")]
+    opened, failures = fsspec.open, [OSError("reset by peer"), OSError("503")]
 
-    def flaky(url: str) -> Any:
+    def flaky(url: str, mode: str) -> Any:
         if failures:
             raise failures.pop()
-        return opened(url)
+        return opened(url, mode)
 
     waited: list[float] = []
-    monkeypatch.setattr(corpora, "_opened", flaky)
+    monkeypatch.setattr(fsspec, "open", flaky)
     monkeypatch.setattr(corpora.time, "sleep", waited.append)
     assert [record.fields["id"] for record in part.records()] == list(IDS) and waited == [5.0, 30.0]
     failures += [OSError("gone")] * 9

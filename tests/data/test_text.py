@@ -45,5 +45,5 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
         with pytest.raises(TextError, match=said):
             TextLines(tmp_path / name)
     (tmp_path / "a.txt").write_text("one")
-    with pytest.raises(IndexError, match="1 sentences"):
+    with pytest.raises(IndexError):
         TextLines(tmp_path / "a.txt")[1]

@@ -14,7 +14,7 @@ from duolect.models.ngram import NgramScorer, load_ngram
 from duolect.recognize.decoding import policy_of
 from duolect.scorer import Hypothesis
 from duolect.search.ctc import ctc_beam_search
-from duolect.search.fusion import Fused, LabelPrior, Retokenized, TextPolicy, at_end, at_word_end, every, every_label, held_to_words
+from duolect.search.fusion import AtEnd, AtWordEnd, Every, EveryLabel, Fused, LabelPrior, Retokenized, TextPolicy, held_to_words
 from duolect.search.rescore import labels_for, rescored
 from duolect.vocabulary import CharacterVocabulary, VocabularyError
 from tests.arpa import write_arpa
@@ -69,7 +69,7 @@ def test_a_prompt_is_conditioned_on_and_not_scored(words, letters):
     assert float(gained) == pytest.approx(scores[-1] * math.log(10), abs=1e-5)
 
 
-@pytest.mark.parametrize("schedule", [at_word_end, every(2), every_label(lookahead=False), at_end])
+@pytest.mark.parametrize("schedule", [AtWordEnd(), Every(2), EveryLabel(lookahead=False), AtEnd()])
 def test_a_search_with_words_is_exact_with_a_prior_in_step(words, letters, schedule):
     lm, prior = load_ngram(words, over=letters), LabelPrior(torch.tensor([0.4, 0.3, 0.1, 0.2, 0.1]).log(), letters)
     x, lengths = random_log_probs(2, 5, letters, seed=3), torch.tensor([5, 4])
@@ -90,7 +90,7 @@ def test_labels_are_found_and_their_search_is_exact(labels, letters):
     lm = load_ngram(labels, over=letters)
     assert lm.vocabulary is letters
     x, lengths = random_log_probs(2, 5, letters, seed=4), torch.tensor([5, 3])
-    fused = {"lm": Fused(scorer=lm, scale=0.7, when=every_label())}
+    fused = {"lm": Fused(scorer=lm, scale=0.7, when=EveryLabel())}
     for b, found in enumerate(ctc_beam_search(x, lengths, vocabulary=letters, beam=4000, fused=fused)):
         ctc = {y: s for y, s in all_alignments(x[b, : lengths[b]], letters.blank).items() if s > -1e6}
         assert len(found) == len(ctc)

@@ -16,7 +16,7 @@ from duolect.recognize.models import Models
 from duolect.recognize.presets import Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer
 from duolect.search.ctc import ctc_beam_search
-from duolect.search.fusion import Fused, Retokenized, every
+from duolect.search.fusion import Every, Fused, Retokenized
 from duolect.search.rescore import text_scores
 from duolect.vocabulary import load_vocabulary
 from tests.oracles import all_alignments, lm_from_scratch, random_log_probs
@@ -85,7 +85,7 @@ def test_delayed_fusion_with_smollm_is_exact(letters, smollm):
     x = random_log_probs(2, 4, letters, seed=21)
     lengths = torch.tensor([4, 3])
     got = ctc_beam_search(
-        x, lengths, vocabulary=letters, beam=2000, fused={"llm": Fused(scorer=Retokenized(smollm, letters), scale=0.3, when=every(2))}
+        x, lengths, vocabulary=letters, beam=2000, fused={"llm": Fused(scorer=Retokenized(smollm, letters), scale=0.3, when=Every(2))}
     )
     for b, n in enumerate(lengths.tolist()):
         ctc = {y: s for y, s in all_alignments(x[b, :n], letters.blank).items() if s > -1e6}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from duolect.data.prepare import PrepareError
 from duolect.recipes.synthesize import SPEEDS, SynthesisError, Voice, open_voice, plan, synthesize
 
 SENTENCES = [f"{'word ' * (1 + number % 9)}{number}" for number in range(40)]
@@ -151,10 +152,10 @@ def test_voices_get_their_parts() -> None:
 
 def test_another_corpus_in_the_folder_is_refused(text: Path, tmp_path: Path) -> None:
     run(text, tmp_path / "corpus", hours=1 / 3600)
-    with pytest.raises(SynthesisError, match=r"plan\.json.*seed 1 != 2.*empty folder"):
+    with pytest.raises(PrepareError, match=r"holds other .*seed 1 != 2.*another folder"):
         run(text, tmp_path / "corpus", seed=2)
     text.write_text("something else\n")
-    with pytest.raises(SynthesisError, match="text_sha256"):
+    with pytest.raises(PrepareError, match="text_sha256"):
         run(text, tmp_path / "corpus")
 
 

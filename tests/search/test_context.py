@@ -10,7 +10,7 @@ from transformers import BertTokenizerFast
 
 from duolect.search.context import ContextScorer
 from duolect.search.ctc import ctc_beam_search
-from duolect.search.fusion import Fused, SearchError, every, every_label
+from duolect.search.fusion import Every, EveryLabel, Fused, SearchError
 from duolect.search.label import label_beam_search
 from duolect.vocabulary import CharacterVocabulary, TokenizerVocabulary, Vocabulary
 from tests.conftest import tiny_lm
@@ -73,7 +73,7 @@ def test_a_phrase_is_rewarded_as_it_is_spelled_and_a_broken_one_pays_back(letter
     assert bonus(a, b, space) == 0.0
 
 
-@pytest.mark.parametrize("schedule", [every_label(), every_label(lookahead=False), every(2)])
+@pytest.mark.parametrize("schedule", [EveryLabel(), EveryLabel(lookahead=False), Every(2)])
 def test_a_search_gives_each_hypothesis_the_bonus_of_its_text(letters, schedule):
     x, lengths = random_log_probs(2, 6, letters, seed=9), torch.tensor([6, 4])
     fused = {"context": Fused(scorer=ContextScorer(PHRASES, letters), scale=0.8, when=schedule)}

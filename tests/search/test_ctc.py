@@ -10,32 +10,32 @@ import torch
 
 from duolect.search.ctc import ctc_beam_search
 from duolect.search.fusion import (
+    AtEnd,
+    AtWordEnd,
+    Every,
+    EveryLabel,
     Fused,
     LabelPrior,
     Retokenized,
     SearchError,
+    ShortestHypothesis,
     TextPolicy,
-    at_end,
-    at_word_end,
-    every,
-    every_label,
     held_to_words,
-    shortest_hypothesis,
 )
 from duolect.vocabulary import VocabularyError
 from tests.conftest import tiny_lm
 from tests.oracles import all_alignments, lm_from_scratch, random_log_probs
 
 SCHEDULES = {
-    "every_label": every_label(),
-    "every_label without lookahead": every_label(lookahead=False),
-    "every 1": every(1),
-    "every 2": every(2),
-    "every 3": every(3),
-    "at word end": at_word_end,
-    "shortest 1": shortest_hypothesis(1),
-    "shortest 2": shortest_hypothesis(2),
-    "at end": at_end,
+    "every_label": EveryLabel(),
+    "every_label without lookahead": EveryLabel(lookahead=False),
+    "every 1": Every(1),
+    "every 2": Every(2),
+    "every 3": Every(3),
+    "at word end": AtWordEnd(),
+    "shortest 1": ShortestHypothesis(1),
+    "shortest 2": ShortestHypothesis(2),
+    "at end": AtEnd(),
 }
 LENGTHS = torch.tensor([6, 4, 1, 5])
 EXHAUSTIVE = 4000
@@ -93,7 +93,7 @@ def test_exact_through_another_tokenizer_with_a_prior_in_step(letters, other_voc
     fused = {
         "llm": Fused(scorer=Retokenized(inner, letters), scale=0.5, when=SCHEDULES[schedule]),
         "prior": Fused(scorer=held_to_words(prior), scale=-0.3, when=SCHEDULES[schedule]),
-        "immediate": Fused(scorer=prior, scale=-0.2, when=every_label()),
+        "immediate": Fused(scorer=prior, scale=-0.2, when=EveryLabel()),
         "of llm": Fused(scorer=Retokenized(of_llm, letters), scale=-0.1, when=SCHEDULES[schedule]),
     }
     x = frames(letters, groups=2)[:, :5]
@@ -123,7 +123,7 @@ def test_a_delayed_prior_is_in_step_with_the_model_it_corrects(letters, schedule
         return [[h.labels for h in nbest] for nbest in found]
 
     assert labels(prior=Fused(scorer=held_to_words(unigram), scale=-1.5, when=when)) == labels()
-    assert labels(prior=Fused(scorer=unigram, scale=-1.5, when=every_label())) != labels(), "an immediate prior is ahead of it"
+    assert labels(prior=Fused(scorer=unigram, scale=-1.5, when=EveryLabel())) != labels(), "an immediate prior is ahead of it"
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5, 17])
@@ -147,7 +147,7 @@ def test_fusion_at_the_end_is_rescoring_of_the_list(letters):
     x = frames(letters, most=8, groups=3, seed=5)
     lengths = torch.tensor([8, 6, 3])
     nbest = ctc_beam_search(x, lengths, vocabulary=letters, beam=6)
-    fused = ctc_beam_search(x, lengths, vocabulary=letters, beam=6, fused={"lm": Fused(scorer=lm, scale=0.8, when=at_end)})
+    fused = ctc_beam_search(x, lengths, vocabulary=letters, beam=6, fused={"lm": Fused(scorer=lm, scale=0.8, when=AtEnd())})
     for plain, both in zip(nbest, fused, strict=True):
         scored = sorted(((h.parts["ctc"] + 0.8 * lm_from_scratch(lm, h.labels), h.labels) for h in plain), reverse=True)
         assert [labels for _, labels in scored] == [h.labels for h in both]
@@ -260,7 +260,7 @@ def test_where_a_scorer_rules_out_everything_the_acoustic_order_stands(letters):
     lm = tiny_lm("llama", letters)
     lm.output = replace(lm.output, bias=torch.full((letters.size,), 0.0).index_fill(0, torch.tensor([letters.eos]), -torch.inf))
     plain = ctc_beam_search(x, LENGTHS, vocabulary=letters, beam=4)
-    fused = ctc_beam_search(x, LENGTHS, vocabulary=letters, beam=4, fused={"lm": Fused(scorer=lm, scale=0.5, when=at_end)})
+    fused = ctc_beam_search(x, LENGTHS, vocabulary=letters, beam=4, fused={"lm": Fused(scorer=lm, scale=0.5, when=AtEnd())})
     assert [[h.labels for h in hs] for hs in fused] == [[h.labels for h in hs] for hs in plain]
     assert all(h.parts["lm"] == -float("inf") for hs in fused for h in hs)
 
@@ -275,7 +275,7 @@ def test_wrong_input_is_refused_with_the_next_step(letters, other_vocabularies):
         ctc_beam_search(
             x, n, vocabulary=letters, beam=2, fused={"llm": Fused(scorer=tiny_lm("llama", other_vocabularies["bytes"]), scale=1.0)}
         )
-    with pytest.raises(SearchError, match="at_word_end"):
+    with pytest.raises(SearchError, match="AtWordEnd"):
         word_wise = Retokenized(tiny_lm("llama", other_vocabularies["bytes"]), letters, policy=TextPolicy(case="lower"))
         ctc_beam_search(x, n, vocabulary=letters, beam=2, fused={"llm": Fused(scorer=word_wise, scale=1.0)})
     with pytest.raises(SearchError, match="smooth"):

@@ -67,11 +67,9 @@ def test_evidence_is_that_of_the_best_of_all_alignments(letters):
             start, end = mine[0][0], mine[-1][1] + 1
             inside = [t for a, b in mine for t in range(a, b + 1)]
             log_prob = sum(float(x[t, best[t]]) for t in inside)
-            assert (evidence.frames, evidence.labels) == (len(inside), len(word))
+            assert evidence.labels == len(word)
             assert (evidence.start, evidence.end) == pytest.approx((start * SECONDS, end * SECONDS))
-            assert evidence.log_prob == pytest.approx(log_prob / len(word), abs=1e-5)
             assert evidence.log_ratio == pytest.approx((log_prob - sum(float(x[t].max()) for t in inside)) / len(word), abs=1e-5)
-            assert evidence.labels_per_second == pytest.approx(len(word) / ((end - start) * SECONDS))
 
 
 def case_of(words, x, vocabulary, guard=DEFAULT):
@@ -186,7 +184,7 @@ def test_too_many_labels_for_the_frames():
     x = spoken("the cat", pause=1, silence=(0, 0))
     verdict = judged("the cat sat on the mat and looked out of the window", x)
     assert not verdict.fits and suspects(verdict) == ["sat", "on", "the", "mat", "and", "looked", "out", "of", "the", "window"]
-    assert all(w.log_prob is None and w.frames == 0 and w.start == verdict.words[1].end for w in verdict.words[2:])
+    assert all(w.log_ratio is None and w.labels == 0 and w.start == verdict.words[1].end for w in verdict.words[2:])
     assert guarded("the cat sat ...", verdict, policy="truncate").text == "the cat"
 
 
@@ -215,7 +213,7 @@ def test_words_that_ctc_cannot_spell_are_not_judged_and_excuse_what_they_stand_f
     verdict = judged("the cat sat on the 42 and looked out", spoken(SAID, pause=6))
     assert not verdict.causes and verdict.unexplained == ()
     (word,) = (w for w in verdict.words if w.text == "42")
-    assert word.log_prob is None and word.log_ratio is None and word.labels == 0
+    assert word.log_ratio is None and word.labels == 0
     assert word.start == word.end == verdict.words[4].end
     dash = judged("the cat sat on the — and looked out", spoken(SAID, pause=6))
     assert set(dash.causes) == {"unexplained"}, "a dash stands for nothing"
@@ -245,7 +243,7 @@ def test_dear_runs_are_maximal_sums(letters):
     found = 0
     for _ in range(200):
         ratios = [None if rng.random() < 0.1 else -rng.choice([0.0, 1.0, 6.0, 9.0, 14.0]) for _ in range(rng.randint(0, 9))]
-        words = [Evidence("w", 0, 1, 1, rng.randint(1, 3), r, r) for r in ratios]
+        words = [Evidence("w", 0, 1, rng.randint(1, 3), r) for r in ratios]
         surplus = [0.0 if w.log_ratio is None else -(w.log_ratio + 5.0) * w.labels for w in words]
         runs = case.dear(words)
         inside = {i for run in runs for i in run}
@@ -295,7 +293,7 @@ def test_certain_and_impossible_labels_give_numbers():
     assert not judged(SAID, x).causes
     verdict = judged(SAID + " thank you", x)
     assert suspects(verdict) == ["thank", "you"]
-    assert all(math.isfinite(w.log_prob) and w.log_ratio <= 0 for w in verdict.words)
+    assert all(math.isfinite(w.log_ratio) and w.log_ratio <= 0 for w in verdict.words)
 
 
 def test_pieces_and_characters_and_a_first_separator(other_vocabularies):
@@ -321,7 +319,7 @@ def test_what_is_too_long_says_so(monkeypatch):
 
 
 def verdict_of(causes=("tail",), condemned=False):
-    words = (Evidence("a", 0, 1, 3, 1, -0.1, -0.1), Evidence("b", 1, 1, cause="tail" if "tail" in causes else None))
+    words = (Evidence("a", 0, 1, 1, -0.1), Evidence("b", 1, 1, cause="tail" if "tail" in causes else None))
     return Verdict(words, (), Loop(), True, dict.fromkeys(causes, "why"), condemned)
 
 

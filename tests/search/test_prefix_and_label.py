@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from duolect.search.fusion import Fused, Retokenized, SearchError, at_end, at_word_end, every, every_label, held_to_words
+from duolect.search.fusion import AtEnd, AtWordEnd, Every, EveryLabel, Fused, Retokenized, SearchError, held_to_words
 from duolect.search.label import label_beam_search
 from duolect.search.prefix import CtcPrefix
 from tests.conftest import tiny_lm
@@ -101,14 +101,16 @@ def test_label_search_ranks_all_sequences_like_enumeration(letters, kind, expone
     spoken = [y for y in range(letters.size) if y not in (letters.blank, letters.eos)]
     every_one = [y for n in range(longest + 1) for y in itertools.product(spoken, repeat=n)]
     wanted = {y: lm_from_scratch(lm, y) for y in every_one}
-    (got,) = label_beam_search({"lm": Fused(scorer=lm, scale=1.0)}, 1, beam=2000, max_labels=longest, length_exponent=exponent, stop="all", ends=ends)
+    (got,) = label_beam_search(
+        {"lm": Fused(scorer=lm, scale=1.0)}, 1, beam=2000, max_labels=longest, length_exponent=exponent, stop="all", ends=ends
+    )
     assert {h.labels: h.parts["lm"] for h in got} == pytest.approx(wanted, abs=2e-4)
     normalized = [wanted[h.labels] / (len(h.labels) + 1) ** exponent for h in got]
     assert normalized == pytest.approx(sorted(normalized, reverse=True), abs=2e-4)
 
 
 @pytest.mark.parametrize("ends", ["beam", "apart"])
-@pytest.mark.parametrize("when", [every_label(), every_label(lookahead=False), every(2), at_word_end, at_end])
+@pytest.mark.parametrize("when", [EveryLabel(), EveryLabel(lookahead=False), Every(2), AtWordEnd(), AtEnd()])
 def test_joint_with_ctc_every_sequence_has_its_exact_score(letters, when, ends):
     lm = tiny_lm("qwen2", letters)
     x = random_log_probs(3, 6, letters, seed=12)[:, :5]
@@ -125,7 +127,7 @@ def test_joint_with_ctc_every_sequence_has_its_exact_score(letters, when, ends):
 
 @pytest.mark.parametrize("ends", ["beam", "apart"])
 @pytest.mark.parametrize("other", ["bytes", "pieces"])
-@pytest.mark.parametrize("when", [every(1), at_word_end, at_end])
+@pytest.mark.parametrize("when", [Every(1), AtWordEnd(), AtEnd()])
 def test_joint_search_is_exact_through_another_tokenizer(letters, other_vocabularies, other, when, ends):
     lm = tiny_lm("llama", other_vocabularies[other])
     x = random_log_probs(2, 5, letters, seed=13)
@@ -161,7 +163,7 @@ def test_greedy_is_beam_one(letters):
 
 @pytest.mark.parametrize("ends", ["beam", "apart"])
 @pytest.mark.parametrize("beam", [1, 3, 8])
-@pytest.mark.parametrize("when", [every_label(), at_word_end])
+@pytest.mark.parametrize("when", [EveryLabel(), AtWordEnd()])
 def test_label_search_of_a_batch_equals_each_alone(letters, beam, when, ends):
     lm = tiny_lm("llama", letters)
     x = random_log_probs(5, 9, letters, seed=14)
@@ -201,7 +203,7 @@ def test_an_end_apart_needs_no_slot_of_the_beam(letters):
     silence[..., letters.blank] = -1e-4
     fused = {
         "llm": Fused(scorer=lm, scale=1.0),
-        "ctc": Fused(scorer=held_to_words(CtcPrefix(silence, torch.tensor([12]), vocabulary=letters)), scale=1.0, when=at_word_end),
+        "ctc": Fused(scorer=held_to_words(CtcPrefix(silence, torch.tensor([12]), vocabulary=letters)), scale=1.0, when=AtWordEnd()),
     }
     (talking,), (quiet,) = (label_beam_search(fused, 1, beam=2, max_labels=8, ends=ends) for ends in ("beam", "apart"))
     assert quiet[0].labels == () and talking[0].labels != ()
@@ -213,6 +215,6 @@ def test_label_search_refuses_what_cannot_work(letters):
     with pytest.raises(SearchError, match="beam of 0"):
         label_beam_search({"lm": Fused(scorer=lm, scale=1.0)}, 1, beam=0, max_labels=3)
     with pytest.raises(SearchError, match="proposes labels"):
-        label_beam_search({"lm": Fused(scorer=lm, scale=1.0, when=at_end)}, 1, beam=2, max_labels=3)
+        label_beam_search({"lm": Fused(scorer=lm, scale=1.0, when=AtEnd())}, 1, beam=2, max_labels=3)
     with pytest.raises(SearchError, match="proposes labels"):
         label_beam_search({}, 1, beam=2, max_labels=3)

@@ -32,7 +32,7 @@ class Uneven(Line):
 
 task = Uneven(dropout=0.0, room=int(sys.argv[5]) if world.rank else 8, items=28)
 config = replace(CONFIG, accumulate=accumulate, steps=steps, average=0.9, keep_best=2, validate_every=3, save_every=2)
-figures = train(task, config, folder, world=world, layers=[task.model[0], task.model[2]])
+figures = train(task, config, folder, world=world)
 weights = weights_of(task.model)
 save_file({**weights, "error": torch.tensor(figures["error"])}, folder / f"rank-{world.rank}.safetensors")
 if world.size > 1:

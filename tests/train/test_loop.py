@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from duolect.train.checkpoint import STATE, mean_weights, read_weights, write_weights
-from duolect.train.loop import Place, Task, TrainConfig, TrainError, train
+from duolect.train.checkpoint import STATE, TrainError, mean_weights, read_weights, write_weights
+from duolect.train.loop import TrainConfig, train
 from duolect.train.optim import Average, Piecewise, WarmUp, adamw, set_rates
-from duolect.train.task import Batch, Ratio
+from duolect.train.task import Batch, Place, Ratio, Task
 
 CONFIG = TrainConfig(
     steps=10, learning_rates={"body": 0.01, "head": 0.1}, schedule=WarmUp(steps=2), log_every=5, validate_every=5, save_every=5
@@ -30,16 +30,6 @@ class Points(Batch):
     @property
     def counts(self) -> Mapping[str, int]:
         return {"error": len(self.x)}
-
-    @property
-    def seconds(self) -> float:
-        return 0.1 * len(self.x)
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {"x": self.x}
-
-    def on(self, device: torch.device) -> Points:
-        return Points(self.x.to(device))
 
 
 class Line(Task[int, Points]):
@@ -59,7 +49,8 @@ class Line(Task[int, Points]):
         return [[tuple(range(start + a, min(self.items, start + b))) for a, b in pairwise(cut)] for start in range(0, self.items, 8)]
 
     def load(self, items: Sequence[int], place: Place) -> Points | None:
-        return Points(torch.tensor([[(i % 32) / 16 - 1 + place.epoch / 100] for i in items])) if items else None
+        x = torch.tensor([[(i % 32) / 16 - 1 + place.epoch / 100] for i in items])
+        return Points(x, seconds=0.1 * len(items)) if items else None
 
     def losses(self, batch: Points) -> Mapping[str, Tensor]:
         if len(batch.x) > self.room:

@@ -128,9 +128,10 @@ class ParquetPart(Part):
                 time.sleep(wait)
 
     def _rows(self, columns: Sequence[str], together: int) -> Iterator[Record]:
+        import fsspec
         import pyarrow.parquet as parquet
 
-        with _opened(self.url) as file:
+        with fsspec.open(self.url, "rb") as file:
             table = parquet.ParquetFile(file)
             there = [name for name in columns if name in table.schema_arrow.names]
             for batch in table.iter_batches(together, row_groups=list(range(self.begin, self.end)), columns=there, use_threads=False):
@@ -173,9 +174,10 @@ def open_corpus(source: str, *, size: int) -> tuple[list[Part], Sequence[Problem
 def _parquet_parts(url: str, *, size: int) -> list[Part]:
     """Parts of whole row groups, so that each is read once. Raises SourceError unless the file is laid out as Loquacious."""
     try:
+        import fsspec
         import pyarrow.parquet as parquet
 
-        with _opened(url) as file:
+        with fsspec.open(url, "rb") as file:
             table = parquet.ParquetFile(file)
             schema, groups = table.schema_arrow, range(table.num_row_groups)
             rows = [table.metadata.row_group(group).num_rows for group in groups]
@@ -194,14 +196,6 @@ def _parquet_parts(url: str, *, size: int) -> list[Part]:
             parts.append(ParquetPart(url, begin, group + 1, count))
             begin = group + 1
     return parts
-
-
-def _opened(url: str) -> Any:
-    if "://" not in url:
-        return open(url, "rb")
-    import fsspec
-
-    return fsspec.open(url, "rb")
 
 
 def _files_of(place: str, config: str, split: str) -> list[str]:

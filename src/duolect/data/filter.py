@@ -68,14 +68,12 @@ def usable(
     min_seconds: float = 0.1,
     case: Case = "lower",
     max_share_lost: float = 0.2,
-    audio: Literal["header", "decode"] = "header",
     skipped: Path | None = None,
 ) -> Usable:
     """The utterances that a CTC model of these labels can learn from; the others with reasons, also as JSONL in the file `skipped`.
 
     seconds_per_frame: of the encoder's output; times the fastest speed of augmentation. case: what is made of a text before encoding.
-    audio: how corrupt files are found: by header and size, or by decoding them all, which also measures every duration anew. Raises
-    DataError where more than max_share_lost of the utterances, or all of them, are left out.
+    Corrupt files are found by header and size. Raises DataError where more than max_share_lost of the utterances, or all, are left out.
     """
     numbers = list(range(vocabulary.size))  # one object a label: a large corpus has a billion of them
     items: list[Labelled] = []
@@ -83,7 +81,7 @@ def usable(
     for utterance in utterances:
         try:
             labels = _labels(utterance, vocabulary, case)
-            utterance = _measured(utterance, audio)
+            utterance = _measured(utterance)
             _require_fit(utterance.seconds or 0.0, labels, seconds_per_frame, min_seconds, max_seconds)
         except _Unusable as error:
             lost.append(Skipped(utterance.id, str(utterance.audio), error.reason, error.cause))
@@ -142,13 +140,12 @@ def _letters(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _measured(utterance: Utterance, audio: Literal["header", "decode"]) -> Utterance:
+def _measured(utterance: Utterance) -> Utterance:
     """The utterance with its seconds. Raises _Unusable where there is no audio for it."""
     try:
-        if audio == "decode" or (utterance.seconds is None and utterance.span is not None):
-            return replace(utterance, seconds=len(load_audio(utterance)) / SAMPLE_RATE)
         if utterance.seconds is None:
-            return replace(utterance, seconds=duration_of(utterance.audio))
+            whole = utterance.span is None
+            return replace(utterance, seconds=duration_of(utterance.audio) if whole else len(load_audio(utterance)) / SAMPLE_RATE)
         there = os.stat(utterance.audio).st_size
     except (AudioError, OSError) as error:
         raise _Unusable("corrupt", str(error)) from error

@@ -11,7 +11,7 @@ import numpy as np
 
 from duolect.data.filter import Case
 from duolect.data.text import TextLines
-from duolect.vocabulary import SentencePieceVocabulary
+from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
 
 MOST_SENTENCES = 10_000_000  # more than these do not make other pieces, and would not fit into memory
 MOST_WORDS = 100_000  # whose segmentations are kept
@@ -67,7 +67,9 @@ class SubwordSampler:
     words, so drawing word by word is drawing a sentence. alpha: 0 all alike, 1 as likely as the unigrams say, large: always the best.
     """
 
-    def __init__(self, vocabulary: SentencePieceVocabulary, *, alpha: float, nbest: int = 32) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, alpha: float, nbest: int = 32) -> None:
+        if not isinstance(vocabulary, SentencePieceVocabulary):
+            raise PiecesError("sampling draws SentencePiece segmentations, and the units are none: set learning.sampling=null")
         crossing = any("▁" in vocabulary.piece(label)[1:] for label in range(vocabulary.size))
         if crossing or alpha < 0 or nbest < 1:
             raise PiecesError(f"alpha {alpha}, nbest {nbest}, pieces {vocabulary.digest()}: expected >= 0, >= 1, and pieces within words")

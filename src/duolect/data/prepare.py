@@ -17,14 +17,14 @@ import tarfile
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice, takewhile
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from duolect.audio.codec import FORMATS, Codec, encode_audio, is_encoded
 from duolect.audio.io import SAMPLE_RATE, AudioError, AudioWarning, read_audio
@@ -33,6 +33,8 @@ from duolect.data.filter import DataError, Skipped, require_share, write_lines
 from duolect.data.sources import MANIFEST
 from duolect.run import write_json
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 PLAN, SKIPPED, SUMS = "plan.json", "skipped.jsonl", "SHA256SUMS"
 TAR_BYTES = 1024  # of each utterance: its header, and what fills the last block
 SPARE = 1.02  # times the estimate must fit
@@ -98,7 +100,7 @@ def plan(
     found = Plan(out, codec, tuple(parts), unlisted, seconds)
     digest = hashlib.sha256(json.dumps([part.identity() for part in parts], ensure_ascii=False).encode()).hexdigest()
     _require_room(found)
-    _claim(out, {"codec": codec, "size": size, "utterances": found.utterances, "sources_sha256": digest})
+    claim(out, {"codec": codec, "size": size, "utterances": found.utterances, "sources_sha256": digest})
     return found
 
 
@@ -119,7 +121,8 @@ def prepare(
         lost: list[Skipped] = []
         seen = 0
         try:
-            for shard in _shards([(plan.out, f"audio-{n:05}", part, plan.codec) for n, part in enumerate(plan.parts)], workers):
+            tasks: list[Task] = [(plan.out, f"audio-{n:05}", part, plan.codec) for n, part in enumerate(plan.parts)]
+            for shard in in_order(_shard, tasks, workers=workers):
                 lost += shard.skipped
                 seen += shard.utterances + len(shard.skipped)
                 done(shard)
@@ -161,8 +164,8 @@ def _require_few(plan: Plan, lost: Sequence[Skipped], seen: int, most: float) ->
         raise
 
 
-def _claim(out: Path, wanted: dict[str, Any]) -> None:
-    """Notes what decides the shards, or refuses a folder of others."""
+def claim(out: Path, wanted: dict[str, Any]) -> None:
+    """Notes in the folder what decides its contents. Raises PrepareError where others are there, or it cannot be written."""
     file = out / PLAN
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -194,18 +197,18 @@ def _require_room(plan: Plan) -> None:
 Task = tuple[Path, str, Part, Codec]
 
 
-def _shards(tasks: Sequence[Task], workers: int) -> Iterator[Shard]:
-    """Shards in order, made in parallel, a few ahead."""
+def in_order(make: Callable[[Item], Made], items: Sequence[Item], *, workers: int) -> Generator[Made]:
+    """What `make` gives of each item, in order; made in parallel, a few ahead. Raises PrepareError where a process was killed."""
     if workers == 1:
-        yield from map(_shard, tasks)
+        yield from map(make, items)
         return
     # spawn: forking a process in which a library has threads can hang
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_worker)
-    waiting, rest = deque(pool.submit(_shard, task) for task in tasks[: 2 * workers]), iter(tasks[2 * workers :])
+    waiting, rest = deque(pool.submit(make, item) for item in items[: 2 * workers]), iter(items[2 * workers :])
     try:
         while waiting:
             yield waiting.popleft().result()
-            waiting.extend(pool.submit(_shard, task) for task in islice(rest, 1))
+            waiting.extend(pool.submit(make, item) for item in islice(rest, 1))
     except BrokenProcessPool as error:
         raise PrepareError("a worker process was killed, perhaps for memory: the same command continues; use fewer --workers") from error
     finally:

@@ -98,8 +98,6 @@ def read_manifest(path: str | Path) -> Source:
 def read_folder(path: str | Path) -> Source:
     """The audio files below a folder, sorted; a .txt beside a file is its text. Raises SourceError if there is none."""
     path = Path(path)
-    if not path.is_dir():
-        raise SourceError(f"{path}: is not a folder: expected a folder of audio files")
     files = [file for file in _files_below(path) if file.suffix.lower() in AUDIO_SUFFIXES]
     if not files:
         raise SourceError(f"{path}: no audio file in it: expected {', '.join(sorted(AUDIO_SUFFIXES))}, a {MANIFEST} or a LibriSpeech tree")
@@ -185,13 +183,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=lambda pairs: {intern(key): value 
 
 def _check_values(fields: dict[str, Any]) -> None:
     id, text, seconds, span, offset = (fields.get(key) for key in ("id", "text", "duration", "audio_bytes", "offset"))
-    if id is not None and (isinstance(id, bool) or not isinstance(id, (str, int)) or id == ""):
+    if id is not None and (type(id) not in (str, int) or id == ""):  # a bool is an int to isinstance
         raise ValueError(f"id is {_shown(id)}, expected a string: correct it, or leave it out to have one made from the file's name")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text is {_shown(text)}, expected a string: correct it, or leave it out if there is no transcript")
-    if seconds is not None and not (_is_number(seconds) and 0 < seconds < math.inf):
+    if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds < math.inf):
         raise ValueError(f"duration is {_shown(seconds)}, expected seconds > 0: correct it, or leave it out")
-    if span is not None and not (isinstance(span, list) and len(span) == 2 and _is_count(span[0]) and _is_count(span[1]) and span[1] > 0):
+    if span is not None and not (isinstance(span, list) and [type(x) for x in span] == [int, int] and span[0] >= 0 and span[1] > 0):
         raise ValueError(f"audio_bytes is {_shown(span)}, expected [offset, size] in bytes: correct it, or leave it out for a whole file")
     if offset is not None and offset != 0:
         raise ValueError(f"offset is {_shown(offset)}, and segments of files are not supported: cut it into a file of its own")
@@ -203,14 +201,6 @@ def _first(problems: list[Problem]) -> str:
 
 def _shown(value: object) -> str:
     return text if len(text := repr(value)) <= 80 else text[:77] + "..."
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _files_below(path: Path) -> list[Path]:

@@ -194,21 +194,9 @@ def loquacious_speech_llm(sources: Sequence[str], checks: Sequence[str], text: s
     )
 
 
-RECIPES: Mapping[str, Recipe] = {
-    f.__name__: f
-    for f in (
-        tiny,
-        mini,
-        whisper_top,
-        whisper_ctc,
-        speech_llm,
-        librispeech_aed,
-        librispeech_aed_base,
-        loquacious_aed,
-        loquacious_speech_llm,
-        continued,
-    )
-}
+_SMALL = (tiny, mini, whisper_top, whisper_ctc, speech_llm)
+_PAPER = (librispeech_aed, librispeech_aed_base, loquacious_aed, loquacious_speech_llm, continued)
+RECIPES: Mapping[str, Recipe] = {recipe.__name__: recipe for recipe in (*_SMALL, *_PAPER)}
 
 
 def _base(experiment: AsrExperiment, name: str) -> AsrExperiment:

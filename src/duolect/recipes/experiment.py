@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from duolect.models.encoders import Encoder, WhisperEncoder
 from duolect.models.extended import ExtendedEncoder, TopDims
 from duolect.models.hf_encoder import HuggingFaceEncoder
 from duolect.models.lm import load_language_model
-from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims, Trainable
+from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims
 from duolect.models.warm_start import warm_start
 from duolect.run import open_run, write_json
 from duolect.train.asr import AsrTask, Corpus, Learning
@@ -140,22 +139,22 @@ def run(
         model = _speech_llm(experiment, experiment.llm, ctc, named=isinstance(made, CtcModel))
     if experiment.start:
         report = warm_start(model, experiment.start)
-        _say(world, str(report))
+        world.say(str(report))
     corpora, held = _corpora(experiment, ctc, out, world)
     checks = {name: _check_set(name, source, ctc, experiment, out, world) for name, source in experiment.checks.items()}
     if held:
         checks["held-out"] = held
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or rest) / 1e6 for rest in (True, False))
-    _say(world, f"{size:.1f} M parameters, {trained:.1f} M of them learn; on {world.size} x {world.device}")
+    world.say(f"{size:.1f} M parameters, {trained:.1f} M of them learn; on {world.size} x {world.device}")
     card = f"# {experiment.recipe}\n\nTrained by duolect; the whole experiment is recipe.json of its run folder.\n"
     seed = experiment.training.seed
     kept = None if frames is None else frames.setdefault(digest(replace(experiment, llm=None)), {})
     learning = experiment.learning
     if world.sharded and learning.decoder_check:
-        _say(world, "shards cannot decode while they learn: validation leaves the decoder's WER out")
+        world.say("shards cannot decode while they learn: validation leaves the decoder's WER out")
         learning = replace(learning, decoder_check=0)
     task = AsrTask(model, learning, corpora, checks, seed=seed, case=experiment.units.case, card=card, frames=kept)
-    return train(task, experiment.training, out, world=world, layers=_layers(model), mirror=mirror)
+    return train(task, experiment.training, out, world=world, mirror=mirror)
 
 
 def _corpora(
@@ -182,7 +181,7 @@ def _corpora(
         hours = sum(x.seconds for x in items) / 3600
         left_out = f", {len(found.skipped)} left out (skipped-{number}.jsonl)" if found.skipped else ""
         odd = f", {len(source.problems)} lines cannot be used, such as {source.problems[0]}" if source.problems else ""
-        _say(world, f"{corpus.source}: {len(items)} utterances, {hours:.2f} h{left_out}{odd}")
+        world.say(f"{corpus.source}: {len(items)} utterances, {hours:.2f} h{left_out}{odd}")
     return corpora, held
 
 
@@ -280,21 +279,5 @@ def _check_set(name: str, source: str, ctc: CtcModel, experiment: AsrExperiment,
     found = usable(open_source(source).utterances, ctc.vocabulary, seconds_per_frame=ctc.seconds_per_frame, **limits)
     if found.skipped:
         count = f"{len(found.skipped)} of {len(found.items) + len(found.skipped)}"
-        _say(world, f"{name}: {count} utterances do not count ({listed}): WER is of the rest")
+        world.say(f"{name}: {count} utterances do not count ({listed}): WER is of the rest")
     return found.items
-
-
-def _layers(model: Trainable) -> list[nn.Module]:
-    """What a sharded run shards by itself: every layer."""
-    return [
-        layer for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1 for layer in module if _heavy(layer)
-    ]
-
-
-def _heavy(module: nn.Module) -> bool:
-    return sum(p.numel() for p in module.parameters()) > 100_000 and not isinstance(module, nn.Linear)
-
-
-def _say(world: World, text: str) -> None:
-    if world.first:
-        print(text, file=sys.stderr, flush=True)

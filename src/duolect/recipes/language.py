@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,23 +117,24 @@ def run(
         open_run(out, recipe=experiment, device=str(world.device), seed=experiment.training.seed)
         write_json(out / "deviations.json", list(deviations))
         for lines, times in corpora:
-            _say(f"{lines.path}: {len(lines)} sentences{f', {times} times an epoch' if times > 1 else ''}{_unknown(lines, vocabulary)}")
+            often = f", {times} times an epoch" if times > 1 else ""
+            world.say(f"{lines.path}: {len(lines)} sentences{often}{_unknown(lines, vocabulary)}")
         size, learns = (sum(p.numel() for p in llm.parameters() if p.requires_grad or rest) / 1e6 for rest in (True, False))
-        _say(f"{size:.1f} M parameters, {learns:.1f} M of them learn; {vocabulary.size} labels; on {world.size} x {world.device}")
+        world.say(f"{size:.1f} M parameters, {learns:.1f} M of them learn; {vocabulary.size} labels; on {world.size} x {world.device}")
     world.barrier()
     written: Written = experiment.case
     name = experiment.model if isinstance(experiment.model, str) else "a Transformer from scratch"
 
-    def save(folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None:
+    def save(folder: Path, weights: Mapping[str, Tensor], note: str) -> None:
         card = f"# {experiment.recipe}: {name}\n\nTrained by duolect ({note}); the whole experiment is recipe.json of its run folder.\n"
         save_fitted(folder, llm, weights, vocabulary, dims=experiment.dims, written=written, card=card, source=source)
 
     task = LmTask(llm, vocabulary, experiment.learning, corpora, checks, seed=experiment.training.seed, save=save)
     updates = sum(task.sizes) * (experiment.training.epochs or 0) / experiment.learning.batch_labels
-    if 0 < updates < 100 and experiment.training.steps is None and world.first:
-        _say(f"about {max(1, round(updates))} updates, so it learns little: --set learning.batch_labels=200 training.epochs=5 makes more")
-    layers = [layer for module in llm.modules() if isinstance(module, torch.nn.ModuleList) for layer in module]
-    return train(task, experiment.training, out, world=world, layers=layers, mirror=mirror)
+    if 0 < updates < 100 and experiment.training.steps is None:
+        about = f"about {max(1, round(updates))} updates, so it learns little"
+        world.say(f"{about}: --set learning.batch_labels=200 training.epochs=5 makes more")
+    return train(task, experiment.training, out, world=world, mirror=mirror)
 
 
 def _model(experiment: LmExperiment, units: SentencePieceVocabulary | None) -> tuple[PreTrainedModel, Vocabulary, str]:
@@ -195,7 +195,3 @@ def _named(sources: Sequence[str]) -> dict[str, str]:
     """Validation texts by short names, or by their whole paths where these are the same."""
     short = [Path(x).parent.name if Path(x).name == "manifest.jsonl" else Path(x).stem for x in sources]
     return {name if short.count(name) == 1 else str(x): str(x) for name, x in zip(short, sources, strict=True)}
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -16,14 +16,11 @@ import random
 import shutil
 import subprocess
 import tempfile
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +29,9 @@ import soxr
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-SAMPLE_RATE = 16_000
+from duolect.audio.io import SAMPLE_RATE
+from duolect.data.prepare import claim, in_order
+
 SPEEDS = (0.85, 1.15)  # resampling moves pitch, formants and pace together: one voice becomes many speakers
 VOICES = dict(hibari_heart=0.6, flite_rms=0.1, flite_slt=0.08, flite_awb=0.08, flite_kal16=0.04, piper_joe=0.1)
 
@@ -42,7 +41,7 @@ _opened = cache(lambda open_voice, name: open_voice(name))  # per process: model
 
 
 class SynthesisError(RuntimeError):
-    """An engine is absent or failed, or the output folder belongs to another corpus."""
+    """An engine is absent or failed."""
 
 
 class Voice(ABC):
@@ -159,7 +158,7 @@ def synthesize(
     out = Path(out_folder)
     sentences = Path(text_file).read_text("utf-8").splitlines()
     digest = hashlib.sha256("\n".join(sentences).encode()).hexdigest()
-    _claim(out, dict(text_sha256=digest, seed=seed, voices=dict(voices), seconds=list(seconds), speeds=list(SPEEDS)))
+    claim(out, dict(text_sha256=digest, seed=seed, voices=dict(voices), seconds=list(seconds), speeds=list(SPEEDS)))
     for voice in voices:
         _opened(open_voice, voice)  # an absent engine is found now, not at its first line
     manifest = _entries(out / "manifest.jsonl")
@@ -171,7 +170,7 @@ def synthesize(
     say = partial(_say, seconds=seconds, open_voice=open_voice)
     form = "{desc}: {percentage:3.0f}% {n:.3f}/{total:g} h [{elapsed}<{remaining}]"
     bar = tqdm(total=hours, initial=sum(spoken.values()) / 3600, desc=str(out), bar_format=form, mininterval=2.0)
-    with bar, closing(_in_order(say, todo, workers=workers)) as clips:
+    with bar, closing(in_order(say, todo, workers=workers)) as clips:
         while sum(spoken.values()) < hours * 3600 and (clip := next(clips, None)) is not None:
             utterance, ogg = clip
             if ogg:  # the file first: what the manifest names exists; a file that it does not name is written again
@@ -183,23 +182,6 @@ def synthesize(
             with (out / ("manifest.jsonl" if ogg else "skipped.jsonl")).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(utterance), ensure_ascii=False) + "\n")  # readers see whole lines
     return {voice: duration / 3600 for voice, duration in spoken.items()}
-
-
-def _in_order(say: Callable[[Utterance], Clip], todo: Sequence[Utterance], *, workers: int) -> Generator[Clip]:
-    if workers == 1:
-        yield from map(say, todo)
-        return
-    # spawn: forking a process in which torch or onnxruntime has threads can hang
-    executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_die_with_parent)
-    try:
-        yield from executor.map(say, todo)
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _die_with_parent() -> None:
-    parent = parent_process()  # a worker whose parent was killed outright would wait for work for ever
-    threading.Thread(target=lambda: parent and (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _say(planned: Utterance, *, seconds: tuple[float, float], open_voice: Callable[[str], Voice]) -> Clip:
@@ -223,17 +205,6 @@ def _entries(file: Path) -> list[dict]:
     if whole < len(content):
         os.truncate(file, whole)
     return [json.loads(line) for line in content[:whole].splitlines()]
-
-
-def _claim(out: Path, wanted: dict[str, object]) -> None:
-    """Notes in plan.json what decides the corpus, or refuses a folder begun with something else."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "plan.json"
-    if not file.exists():
-        file.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
-    found = json.loads(file.read_text("utf-8"))
-    if changed := [f"{key} {found.get(key)} != {value}" for key, value in wanted.items() if found.get(key) != value]:
-        raise SynthesisError(f"{file}: another corpus: {'; '.join(changed)}; use its values or an empty folder")
 
 
 def _at_16k(audio: np.ndarray, rate: float) -> Audio:

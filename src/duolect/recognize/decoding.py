@@ -94,8 +94,7 @@ def reduced(output: CtcOutput, vocabulary: Vocabulary, *, collapse: float | None
     if keep_labels is not None:
         log_probs = prune_labels(log_probs, lengths, keep=keep_labels, vocabulary=vocabulary)
     if collapse is not None:
-        fewer = soft_collapse(log_probs, lengths, threshold=collapse)
-        log_probs, lengths = fewer.log_probs, fewer.lengths
+        log_probs, lengths = soft_collapse(log_probs, lengths, threshold=collapse)
     return CtcOutput(log_probs, lengths)
 
 
@@ -352,7 +351,7 @@ class Greedy(Decoding):
 @registered
 @dataclass(frozen=True)
 class TimeSynchronous(Decoding):
-    """CTC beam search over frames with any terms (one asked at_end only: n-best rescoring).
+    """CTC beam search over frames with any terms (one asked AtEnd only: n-best rescoring).
 
     collapse: probability above which equal neighbouring frames are merged (paper: 0.8), None for never. keep_labels: how many labels an
     utterance may use, None for all. label_floor, beam_floor: labels of a frame and hypotheses so far in log p below the best are dropped,

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duolect.search.fusion import NEG
 from duolect.vocabulary import Vocabulary
-
-NEG = float("-inf")
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from duolect.scorer import Hypothesis
-from duolect.search.fusion import Fused, Pending, SearchError, weighted
+from duolect.search.fusion import NEG, Fused, Pending, SearchError, weighted
 from duolect.vocabulary import Vocabulary
 
-NEG = float("-inf")
 _MULTIPLIER = 6364136223846793005
 
 
@@ -70,7 +69,7 @@ class Term:
 
     @property
     def part(self) -> np.ndarray:
-        return _weighted(self.fused.scale, self.score)
+        return weighted(self.fused.scale, self.score)
 
     def ahead_of(self, labels: np.ndarray) -> np.ndarray:
         """[B, K, 1 + M] scale * log p of the labels [B, 1 + M] behind each hypothesis."""
@@ -87,36 +86,35 @@ def ctc_beam_search(
     beam: int,
     fused: Mapping[str, Fused] | None = None,
     recombine: Literal["sum", "max"] = "sum",
-    acoustic: str = "ctc",
     label_floor: float | None = None,
     beam_floor: float | None = None,
 ) -> list[list[Hypothesis]]:
     """Up to `beam` hypotheses per utterance, best first, by log p_ctc + sum_i scale_i * log p_i.
 
     log_probs: [B, T, V] natural log, normalized; lengths: [B] frames. `recombine`: a prefix scores the sum of its alignments or its best
-    one. Each hypothesis' parts are unscaled: `acoustic` and the names in `fused`. With a beam wide enough nothing is pruned and the
+    one. Each hypothesis' parts are unscaled: `ctc` and the names in `fused`. With a beam wide enough nothing is pruned and the
     schedules make no difference; results do not depend on what else is in the batch. Two floors prune more than the beam, None for off:
     `label_floor` drops labels (and blank) so far in log p below a frame's best, `beam_floor` hypotheses so far below the best.
     """
-    fused, floors = fused or {}, {"label": label_floor, "beam": beam_floor}
-    _check(log_probs, lengths, vocabulary, beam, fused, acoustic, floors)
+    fused = fused or {}
+    _check(log_probs, vocabulary, beam, fused, {"label": label_floor, "beam": beam_floor})
     if not len(log_probs):
         return []
     with torch.no_grad(), np.errstate(invalid="ignore"):
         # Behind one prefix at most one label repeats, and beam - 1 lead to prefixes of the beam: of 2 * beam others, beam are better.
         most = vocabulary.size if any(f.when.lookahead for f in fused.values()) else 2 * beam
         frames = _frames(log_probs, lengths, vocabulary, label_floor, most, [f.when.period for f in fused.values() if f.when.period])
-        return _search(frames, vocabulary, beam, beam_floor, fused, np.logaddexp if recombine == "sum" else np.maximum, acoustic)
+        return _search(frames, vocabulary, beam, beam_floor, fused, np.logaddexp if recombine == "sum" else np.maximum)
 
 
-def ctc_greedy(log_probs: Tensor, lengths: Tensor, *, vocabulary: Vocabulary, acoustic: str = "ctc") -> list[list[Hypothesis]]:
+def ctc_greedy(log_probs: Tensor, lengths: Tensor, *, vocabulary: Vocabulary) -> list[list[Hypothesis]]:
     """One hypothesis per utterance: the best label of each frame, repeats and blanks taken out; its part is that one path's log p."""
     best, path = log_probs.float().max(2)
     out = []
     for scores, labels, n in zip(best, path, lengths.tolist(), strict=True):
         kept = torch.unique_consecutive(labels[:n])
         collapsed = tuple(kept[kept != vocabulary.blank].tolist())
-        out.append([Hypothesis(collapsed, vocabulary.decode(collapsed), {acoustic: float(scores[:n].sum())})])
+        out.append([Hypothesis(collapsed, vocabulary.decode(collapsed), {"ctc": float(scores[:n].sum())})])
     return out
 
 
@@ -165,12 +163,13 @@ def _frames(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, floor: f
 
 
 def _search(
-    frames: Frames, vocabulary: Vocabulary, beam: int, floor: float | None, fused: Mapping[str, Fused], combine: Any, acoustic: str
+    frames: Frames, vocabulary: Vocabulary, beam: int, floor: float | None, fused: Mapping[str, Fused], combine: Any
 ) -> list[list[Hypothesis]]:
     groups = frames.own.shape[1]
     terms = {name: _begin(f, groups, vocabulary.size) for name, f in fused.items()}
     assert vocabulary.blank is not None
-    now, starts, hashes = _empty(groups, vocabulary.blank), np.array(vocabulary.word_starts), _label_hashes(vocabulary.size)
+    now, starts = _empty(groups, vocabulary.blank), np.array(vocabulary.word_starts)
+    hashes = np.random.default_rng(20260315).integers(-(2**62), 2**62, vocabulary.size) | 1
     for i, rested in enumerate(np.any(frames.rests, axis=(1, 2)).tolist()):
         if rested:
             rests = frames.rests[i]
@@ -187,7 +186,7 @@ def _search(
             due = term.fused.when.due(_pending(now, term, starts, frames.step[i])).numpy() & now.alive
             if due.any():
                 terms[name] = _consume(term, now, due)
-    return _hypotheses(now, terms, vocabulary, combine, acoustic)
+    return _hypotheses(now, terms, vocabulary, combine)
 
 
 def _sure(now: Beam, label: np.ndarray, score: np.ndarray, combine: Any, hashes: np.ndarray) -> Beam | None:
@@ -297,10 +296,6 @@ def _look_ahead(fused: Fused, state: Any, labels: int) -> Tensor:
     return torch.nn.functional.pad(ahead, (0, labels - ahead.shape[1]), value=NEG)
 
 
-def _weighted(scale: float, score: np.ndarray) -> np.ndarray:
-    return np.zeros_like(score) if scale == 0 else scale * score
-
-
 def _follow(term: Term, source: np.ndarray) -> Term:
     group = np.arange(len(source))[:, None]
     return replace(term, row=term.row[group, source], score=term.score[group, source], seen=term.seen[group, source])
@@ -334,19 +329,19 @@ def _consume(term: Term, now: Beam, due: np.ndarray) -> Term:
     return replace(term, state=state, row=row, score=score, seen=np.where(due, now.length, term.seen), ahead=ahead)
 
 
-def _hypotheses(now: Beam, terms: Mapping[str, Term], vocabulary: Vocabulary, combine: Any, acoustic: str) -> list[list[Hypothesis]]:
-    parts = {acoustic: combine(now.blank, now.label)}
-    score, slots = parts[acoustic], now.alive.ravel().nonzero()[0]
+def _hypotheses(now: Beam, terms: Mapping[str, Term], vocabulary: Vocabulary, combine: Any) -> list[list[Hypothesis]]:
+    parts = {"ctc": combine(now.blank, now.label)}
+    score, slots = parts["ctc"], now.alive.ravel().nonzero()[0]
     for name, term in terms.items():
         term = _consume(term, now, now.alive) if (now.alive & (now.length > term.seen)).any() else term
         ends = term.fused.scorer.finish(term.fused.scorer.select(term.state, torch.from_numpy(term.row.take(slots))))
         parts[name] = term.score.copy()
         parts[name].reshape(-1)[slots] += ends.double().cpu().numpy()
-        score = score + _weighted(term.fused.scale, parts[name])
+        score = score + weighted(term.fused.scale, parts[name])
     score = np.where(now.alive, np.nan_to_num(score, nan=NEG, posinf=np.inf, neginf=NEG), NEG)
     # Where some scorer rules out every hypothesis of an utterance, what was heard still stands, in the order of the acoustic model.
     silenced = (score == NEG).all(1, keepdims=True)
-    score = np.where(silenced & now.alive, parts[acoustic], score)
+    score = np.where(silenced & now.alive, parts["ctc"], score)
     order = (-score).argsort(axis=1, kind="stable").tolist()
     alive, length, history = (score > NEG).tolist(), now.length.tolist(), now.history.tolist()
     table = {name: values.tolist() for name, values in parts.items()}
@@ -362,19 +357,7 @@ def _empty(groups: int, blank: int) -> Beam:
     return Beam(zero, zero + NEG, index + blank, index, index[..., None].astype(np.int32), index + 1, index)
 
 
-def _label_hashes(size: int) -> np.ndarray:
-    return np.random.default_rng(20260315).integers(-(2**62), 2**62, size) | 1
-
-
-def _check(
-    log_probs: Tensor,
-    lengths: Tensor,
-    vocabulary: Vocabulary,
-    beam: int,
-    fused: Mapping[str, Fused],
-    acoustic: str,
-    floors: Mapping[str, float | None],
-) -> None:
+def _check(log_probs: Tensor, vocabulary: Vocabulary, beam: int, fused: Mapping[str, Fused], floors: Mapping[str, float | None]) -> None:
     if beam < 1:
         raise SearchError(f"a beam of {beam} holds no hypothesis: give 1 or more")
     if wrong := [f"{name}_floor {value}" for name, value in floors.items() if value is not None and not value >= 0]:
@@ -383,9 +366,7 @@ def _check(
         raise SearchError(
             f"log_probs have {log_probs.shape[2]} labels, the vocabulary {vocabulary.size} and blank {vocabulary.blank}: not its CTC model"
         )
-    if len(lengths) != len(log_probs) or (len(lengths) and int(lengths.max()) > log_probs.shape[1]):
-        raise SearchError(f"lengths {tuple(lengths.shape)} do not fit log_probs {tuple(log_probs.shape)}")
-    if acoustic in fused:
-        raise SearchError(f"{acoustic!r} is the acoustic part's own name: call the fused scorer otherwise")
+    if "ctc" in fused:
+        raise SearchError("'ctc' is the acoustic part's own name: call the fused scorer otherwise")
     for name, f in fused.items():
         vocabulary.require_same(f.scorer.vocabulary, here="the acoustic model", there=name)

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from duolect.scorer import Hypothesis, Scorer
-from duolect.search.fusion import SearchError
+from duolect.search.fusion import NEG, SearchError
 from duolect.vocabulary import Vocabulary
-
-NEG = float("-inf")
 
 
 @dataclass(frozen=True)

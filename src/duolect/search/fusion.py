@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from duolect.scorer import Scorer
 from duolect.vocabulary import Vocabulary, VocabularyError
 
 State = TypeVar("State")
+Scores = TypeVar("Scores", Tensor, np.ndarray)
+NEG = float("-inf")
 
 
 class SearchError(ValueError):
@@ -54,7 +57,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class EveryLabel(Schedule):
-    """Label-wise fusion."""
+    """Label-wise fusion; with lookahead its scores decide which labels survive at all, without it they come one step later."""
 
     lookahead: bool = True
 
@@ -67,7 +70,7 @@ class EveryLabel(Schedule):
 
 @dataclass(frozen=True)
 class Every(Schedule):
-    """Delayed fusion every `interval` steps (RWTH's fixed interval; paper.md 2.7)."""
+    """Delayed fusion every `interval` frames, or labels in a label-synchronous search (RWTH's fixed interval; paper.md 2.7)."""
 
     interval: int
 
@@ -122,37 +125,18 @@ class AtEnd(Schedule):
         return torch.zeros_like(pending.alive)
 
 
-def every_label(*, lookahead: bool = True) -> Schedule:
-    """Label-wise fusion; with lookahead its scores decide which labels survive at all, without it they come one step later."""
-    return EveryLabel(lookahead)
-
-
-def every(interval: int) -> Schedule:
-    """Delayed fusion every `interval` frames (or labels, in a label-synchronous search)."""
-    return Every(interval)
-
-
-at_word_end: Schedule = AtWordEnd()
-at_end: Schedule = AtEnd()
-
-
-def shortest_hypothesis(labels: int = 1) -> Schedule:
-    """Delayed fusion once every hypothesis of the beam has at least `labels` labels to be scored."""
-    return ShortestHypothesis(labels)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Fused:
     """One term of the log-linear model: scale * log p, asked when the schedule says so."""
 
     scorer: Scorer[Any]
     scale: float
-    when: Schedule = field(default_factory=every_label)
+    when: Schedule = field(default_factory=EveryLabel)
 
 
-def weighted(scale: float, score: Tensor) -> Tensor:
+def weighted(scale: float, score: Scores) -> Scores:
     """scale * score, and 0 where the scale is 0 even if the score is -inf."""
-    return torch.zeros_like(score) if scale == 0 else scale * score
+    return scale * score if scale else score.clip(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -212,22 +196,19 @@ class Held(Generic[State]):
     begun: Tensor  # [R] bool: a word has gone to the inner scorer, the next one is not the first
 
 
-Convert = Callable[[tuple[int, ...], bool], Sequence[int]]
-"""(labels of one word, whether it is the first) -> the inner scorer's labels."""
-
-
 class ByWord(Scorer[Held[State]]):
     """A scorer that hears whole words: labels of an unfinished word are held back, complete ones are converted and passed on.
 
     Converting word by word makes the result independent of where the calls cut the labels. The score of a label is known late, so there
     is no `log_probs`: the schedule must be one without lookahead. A word of more than LONGEST_WORD labels is passed on in such parts.
+    convert: (labels of one word, whether it is the first) -> the inner scorer's labels.
     """
 
     def __init__(
         self,
         scorer: Scorer[State],
         vocabulary: Vocabulary,
-        convert: Convert,
+        convert: Callable[[tuple[int, ...], bool], Sequence[int]],
         *,
         end: Sequence[int] = (),
         begun: bool = False,
@@ -247,8 +228,8 @@ class ByWord(Scorer[Held[State]]):
 
     def log_probs(self, state: Held[State], labels: Tensor | None = None) -> Tensor:
         raise SearchError(
-            "a scorer that hears whole words cannot score single labels ahead of pruning: fuse it with every_label(lookahead=False), "
-            "every(n), at_word_end, shortest_hypothesis() or at_end"
+            "a scorer that hears whole words cannot score single labels ahead of pruning: fuse it with EveryLabel(lookahead=False), "
+            "Every(n), AtWordEnd(), ShortestHypothesis() or AtEnd()"
         )
 
     def advance(self, state: Held[State], labels: Tensor, lengths: Tensor) -> tuple[Tensor, Held[State]]:

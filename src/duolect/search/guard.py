@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from duolect.search.align import AlignedLabel, align
-from duolect.search.fusion import SearchError
+from duolect.search.fusion import NEG, SearchError
 from duolect.search.prefix import FLOOR, IMPOSSIBLE, CtcPrefix
 from duolect.vocabulary import Vocabulary
 
-NEG = float("-inf")
 MOST_CELLS = 30_000_000  # frames x labels, and frames x words, looked at together: half a gigabyte, four minutes of anything
 Policy = Literal["off", "warn", "truncate", "rejoint", "ctc"]
 Cause = Literal["silence", "tail", "loop", "words", "unexplained"]
@@ -44,22 +43,16 @@ class Guard:
 class Evidence:
     """A word as it was written, what CTC heard of it, and why it is suspect (None: it is not). Times in seconds.
 
-    frames: those of its labels, blanks between them left out; log_prob: of these frames under the best alignment, per label; log_ratio:
-    less that of the best path there, <= 0. None: CTC cannot spell the word, or no alignment has room for it.
+    log_ratio: log p of its frames under the best alignment less that of the best path there, per label, <= 0. None: CTC cannot spell the
+    word, or no alignment has room for it.
     """
 
     text: str
     start: float
     end: float
-    frames: int = 0
     labels: int = 0
-    log_prob: float | None = None
     log_ratio: float | None = None
     cause: Cause | None = None
-
-    @property
-    def labels_per_second(self) -> float:
-        return self.labels / (self.end - self.start) if self.frames else 0.0
 
 
 class Loop(NamedTuple):
@@ -258,11 +251,9 @@ class _Case:
         for i, items in aligned.items():
             out[i] = Evidence(self.words[i], end, end)
             if spoken := [item for item in items if self.vocabulary.decode([item.label]).strip()]:
-                at = [(t, item.label) for item in spoken for t in range(item.start, item.end)]
-                log_prob = float(sum(self.x[t, y] for t, y in at)) / len(spoken)
-                best = float(sum(self.x[t].max() for t, _ in at)) / len(spoken)
+                ratio = sum(float(self.x[t, item.label] - self.x[t].max()) for item in spoken for t in range(item.start, item.end))
                 start, end = spoken[0].start * self.seconds, spoken[-1].end * self.seconds
-                out[i] = Evidence(self.words[i], start, end, len(at), len(spoken), log_prob, min(0.0, log_prob - best))
+                out[i] = Evidence(self.words[i], start, end, len(spoken), ratio / len(spoken))
         return out
 
     def dear(self, words: Sequence[Evidence]) -> list[range]:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from duolect.scorer import Hypothesis
-from duolect.search.fusion import Fused, Pending, SearchError, weighted
+from duolect.search.fusion import NEG, Fused, Pending, SearchError, weighted
 from duolect.vocabulary import Vocabulary
 
-NEG = float("-inf")
 LONGEST_LOOP = 8
 """Labels of a repeated stretch that `looping` looks for."""
 
@@ -40,6 +39,9 @@ class Beam:
     length: Tensor  # [B, K] labels, eos not counted
     ended: Tensor  # [B, K] bool
 
+    def kept(self, utterances: Tensor) -> Beam:
+        return Beam(self.score[utterances], self.history[utterances], self.length[utterances], self.ended[utterances])
+
     def rank(self, exponent: float, step: int) -> Tensor:
         """[B, K] score / length^exponent; an ended hypothesis counts its eos, as the ones still growing count this step's label."""
         n = torch.where(self.ended, self.length + 1, step).clamp(min=1)
@@ -56,26 +58,24 @@ def label_beam_search(
     stop: Literal["best", "all"] = "best",
     ends: Literal["beam", "apart"] = "beam",
     repeats: int | None = None,
-    vocabulary: Vocabulary | None = None,
 ) -> list[list[Hypothesis]]:
     """Up to `beam` finished hypotheses per utterance, best first, by (sum_i scale_i * log p_i) / (labels incl. eos)^length_exponent.
 
-    Scorers whose schedule looks ahead propose labels; the others are asked when their schedule says so. `vocabulary`: the search's,
-    else that of the first scorer. max_labels (int or [B]): a hypothesis of that many labels can only end. stop: `best` ends an
+    Scorers whose schedule looks ahead propose labels; of the first one's vocabulary; the others are asked when their
+    schedule says so. max_labels (int or [B]): a hypothesis of that many labels can only end. stop: `best` ends an
     utterance once nothing still growing can overtake its best finished hypothesis, `all` once the whole beam has ended. ends: `beam`
     gives a finished hypothesis a slot where it wins one by what the proposing scorers say; `apart` lets every hypothesis end at every
     step, judged by all scorers in full, and keeps the best of these in a list of their own: for a scorer, such as CTC, that knows what
     is left to be said, and that would otherwise be heard too late. repeats: a hypothesis that ends in so many repetitions of the same 1
     to LONGEST_LOOP labels can only end; None: nobody looks.
     """
-    first = next(iter(fused.values()), None)
-    vocabulary = vocabulary or (first.scorer.vocabulary if first else None)
-    if vocabulary is None or not any(f.when.lookahead and f.scale != 0 for f in fused.values()):
+    if not any(f.when.lookahead and f.scale != 0 for f in fused.values()):
         raise SearchError(
-            "a label-synchronous search needs a scorer that proposes labels: one fused with every_label() and a scale that is not 0"
+            "a label-synchronous search needs a scorer that proposes labels: one fused with EveryLabel() and a scale that is not 0"
         )
     if beam < 1:
         raise SearchError(f"a beam of {beam} holds no hypothesis: give 1 or more")
+    vocabulary = next(iter(fused.values())).scorer.vocabulary
     for name, f in fused.items():
         vocabulary.require_same(f.scorer.vocabulary, here="the search", there=name)
     with torch.no_grad():
@@ -93,14 +93,11 @@ def _search(
     ends: str,
     repeats: int | None,
 ) -> list[list[Hypothesis]]:
-    terms = {}
-    for name, f in fused.items():
-        zero = torch.zeros(utterances, 1)
-        terms[name] = Term(f, f.scorer.start(utterances), zero, zero.long())
+    zero, index = torch.zeros(utterances, 1), torch.zeros(utterances, 1, dtype=torch.long)
+    terms = {name: Term(f, f.scorer.start(utterances), zero, index) for name, f in fused.items()}
     limit = torch.as_tensor(max_labels).expand(utterances)
     starts = torch.tensor(vocabulary.word_starts)
-    index = torch.zeros(utterances, 1, dtype=torch.long)
-    now = Beam(torch.zeros(utterances, 1), index[..., None][..., :0], index, index > 0)
+    now = Beam(zero, index[..., None][..., :0], index, index > 0)
     apart = _no_ends(utterances, beam, terms) if ends == "apart" else None
     who = torch.arange(utterances)  # the utterances still searched; finished ones leave the batch, so that no straggler holds them
     results: list[list[Hypothesis]] = [[] for _ in range(utterances)]
@@ -128,8 +125,8 @@ def _search(
             for b in done.nonzero()[:, 0].tolist():
                 results[int(who[b])] = _hypotheses(found, scores, b, vocabulary, exponent)
             keep = (~done).nonzero()[:, 0]
-            terms = {name: _kept_term(term, keep, now.score.shape[1]) for name, term in terms.items()}
-            who, now, apart = who[keep], _kept(now, keep), apart and apart.kept(keep)
+            who, now, apart = who[keep], now.kept(keep), apart and apart.kept(keep)
+            terms = {name: _kept(term, keep) for name, term in terms.items()}
     return results
 
 
@@ -191,7 +188,7 @@ class Ends:
     scores: Mapping[str, Tensor]  # [B, K] by term
 
     def kept(self, keep: Tensor) -> Ends:
-        return Ends(_kept(self.beam, keep), {name: score[keep] for name, score in self.scores.items()})
+        return Ends(self.beam.kept(keep), {name: score[keep] for name, score in self.scores.items()})
 
 
 def _no_ends(utterances: int, beam: int, terms: Mapping[str, Term]) -> Ends:
@@ -267,11 +264,8 @@ def _rescored(now: Beam, terms: Mapping[str, Term]) -> Beam:
     return replace(now, score=torch.where(now.score == NEG, NEG, torch.nan_to_num(score, nan=NEG, neginf=NEG)))
 
 
-def _kept(now: Beam, keep: Tensor) -> Beam:
-    return Beam(now.score[keep], now.history[keep], now.length[keep], now.ended[keep])
-
-
-def _kept_term(term: Term, keep: Tensor, k: int) -> Term:
+def _kept(term: Term, keep: Tensor) -> Term:
+    k = term.score.shape[1]
     rows = (keep[:, None] * k + torch.arange(k)).flatten()
     return Term(term.fused, term.fused.scorer.select(term.state, rows), term.score[keep], term.seen[keep])
 

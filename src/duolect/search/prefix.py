@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from duolect.scorer import Scorer
+from duolect.search.fusion import NEG
 from duolect.vocabulary import Vocabulary
 
-NEG = float("-inf")
 FLOOR = -1e4
 """Least log-prob of a label in a frame: differences of cumulative sums stay finite."""
 
@@ -54,8 +54,6 @@ class CtcPrefix(Scorer[PrefixState]):
 
     def start(self, rows: int) -> PrefixState:
         x = self.log_probs_
-        if rows != len(x):
-            raise ValueError(f"{rows} rows asked for, but the CTC log-probs are of {len(x)} utterances")
         zero = x.new_zeros(rows, 1)
         label = x.new_full((rows, x.shape[1] + 1), IMPOSSIBLE)
         index = torch.arange(rows, device=x.device)

@@ -5,37 +5,21 @@ Both change scores slightly (paper.md 2.3, 2.4); off, the search is exact. Legen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from duolect.search.fusion import SearchError
+from duolect.search.fusion import NEG, SearchError
 from duolect.vocabulary import Vocabulary
 
-NEG = float("-inf")
 
+def soft_collapse(log_probs: Tensor, lengths: Tensor, *, threshold: float) -> tuple[Tensor, Tensor]:
+    """(log_probs [B, T', V], lengths [B]): frames that repeat the label of the one before, both this probable, merged into it; blanks too.
 
-@dataclass(frozen=True)
-class Reduced:
-    """Fewer frames or labels: log_probs [B, T', V], lengths [B], and for each frame of before the frame it went into."""
-
-    log_probs: Tensor
-    lengths: Tensor
-    frame: Tensor  # [B, T] index of the new frame
-
-
-def soft_collapse(
-    log_probs: Tensor, lengths: Tensor, *, threshold: float, reduce: Literal["max_renorm", "logmeanexp"] = "max_renorm"
-) -> Reduced:
-    """Frames that repeat the label of the one before, both with probability >= threshold, merged into it; blank runs too.
-
-    `max_renorm`: greatest log-prob per label, normalized again; `logmeanexp`: mean probability. threshold > 1 changes nothing.
+    A merged frame has the greatest log-prob per label, normalized again. threshold > 1 changes nothing.
     """
     batch, frames, labels = log_probs.shape
     if not frames:
-        return Reduced(log_probs, lengths, torch.zeros(batch, 0, dtype=torch.long, device=log_probs.device))
+        return log_probs, lengths
     best, label = log_probs.max(2)
     sure = best.exp() >= threshold
     drop = torch.zeros_like(sure)
@@ -48,32 +32,21 @@ def soft_collapse(
     most = max(int(new_lengths.max()), 1)
     index = frame[..., None].expand(-1, -1, labels)
     source = log_probs.masked_fill(~real[..., None], NEG)
-    if reduce == "max_renorm":
-        merged = log_probs.new_full((batch, most, labels), NEG).scatter_reduce(1, index, source, "amax")
-        merged = merged.log_softmax(-1)
-    else:
-        count = torch.zeros(batch, most, device=log_probs.device).scatter_add(1, frame, real.float())
-        merged = log_probs.new_zeros(batch, most, labels).scatter_add(1, index, source.exp())
-        merged = (merged / count.clamp(min=1)[..., None]).log()
-    return Reduced(merged[:, :most], new_lengths, frame)
+    merged = log_probs.new_full((batch, most, labels), NEG).scatter_reduce(1, index, source, "amax")
+    return merged.log_softmax(-1), new_lengths
 
 
-def prune_labels(
-    log_probs: Tensor, lengths: Tensor, *, keep: int, vocabulary: Vocabulary, reduce: Literal["mean", "max"] = "max"
-) -> Tensor:
+def prune_labels(log_probs: Tensor, lengths: Tensor, *, keep: int, vocabulary: Vocabulary) -> Tensor:
     """[B, T, V] log-probs in which each utterance keeps its `keep` likeliest labels and blank, normalized again; the rest is -inf.
 
-    A label's rank is the mean or the greatest of its log-probs over the utterance's frames (paper.md 2.3). keep >= V changes nothing.
+    A label's rank is the greatest of its log-probs over the utterance's frames (paper.md 2.3). keep >= V changes nothing.
     """
     if keep < 1:
         raise SearchError(f"keeping {keep} labels leaves nothing to recognize: give 1 or more")
     if keep >= vocabulary.size:
         return log_probs
     past = (torch.arange(log_probs.shape[1], device=lengths.device)[None] >= lengths[:, None])[..., None]
-    if reduce == "max":
-        rank = log_probs.masked_fill(past, NEG).amax(1)
-    else:
-        rank = log_probs.clamp(min=-1e4).masked_fill(past, 0.0).sum(1) / lengths.clamp(min=1)[:, None]
+    rank = log_probs.masked_fill(past, NEG).amax(1)
     assert vocabulary.blank is not None
     rank[:, vocabulary.blank] = torch.inf
     kept = torch.zeros_like(rank, dtype=torch.bool).scatter(1, rank.topk(min(keep + 1, vocabulary.size), dim=1).indices, True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,11 +27,12 @@ from duolect.models.ctc import CtcModel, CtcOutput, Heads
 from duolect.models.encoders import Encoded, Encoder
 from duolect.models.extended import ExtendedEncoder
 from duolect.models.speech_llm import SpeechLlm, Trainable
+from duolect.search.ctc import ctc_greedy
 from duolect.search.fusion import Fused
 from duolect.search.label import label_beam_search
 from duolect.train.checkpoint import TrainError
 from duolect.train.task import Batch, Place, Ratio, Task, shares
-from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
+from duolect.vocabulary import Vocabulary
 
 CHECK_SECONDS = 60.0  # of padded audio in a batch of validation
 MOST_UNREADABLE = 0.05  # share of the utterances, above which training stops
@@ -53,11 +54,10 @@ class Corpus:
 @registered
 @dataclass(frozen=True)
 class Learning:
-    """What the task does with the data, beside the loop's own settings.
+    """What the task does with the data. batch_seconds: of padded audio in an update. smoothing: of the labels, in the decoder's gradient.
 
-    batch_seconds: of padded audio in an update. smoothing: of the labels, in the decoder's gradient only. sampling: alpha of segmentations
-    drawn anew in each epoch (the smaller the more varied), None for always the best one. kept_versions: where the encoder
-    below is frozen, so many augmented versions of an utterance are encoded once and kept in memory; 0: nothing is kept.
+    sampling: alpha of segmentations drawn anew in each epoch (the smaller the more varied), None for always the best one. kept_versions:
+    where the encoder below is frozen, so many augmented versions of an utterance are encoded once and kept in memory; 0: nothing is kept.
     """
 
     batch_seconds: float = 60.0
@@ -85,28 +85,11 @@ class AsrBatch(Batch):
     labels: Mapping[str, Tensor]
     label_sizes: Mapping[str, Tensor]
     kept: bool = False
-    duration: float = 0.0
 
     @property
     def counts(self) -> Mapping[str, int]:
         # A decoder predicts the end, too.
         return {name: int(n.sum()) + (len(n) if name.startswith("ce") else 0) for name, n in self.label_sizes.items()}
-
-    @property
-    def seconds(self) -> float:
-        return self.duration
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        named = {f"labels.{name}": x for name, x in self.labels.items()}
-        return {"sound": self.sound, "sizes": self.sizes, **named, **({} if self.hidden is None else {"hidden": self.hidden})}
-
-    def on(self, device: torch.device) -> AsrBatch:
-        def there(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: x.to(device, non_blocking=True) for name, x in part.items()}
-
-        hidden = None if self.hidden is None else self.hidden.to(device, non_blocking=True)
-        sound, sizes = self.sound.to(device, non_blocking=True), self.sizes.to(device)
-        return replace(self, sound=sound, sizes=sizes, hidden=hidden, labels=there(self.labels), label_sizes=there(self.label_sizes))
 
 
 class _HeadsOf(nn.Module):
@@ -146,10 +129,7 @@ class AsrTask(Task[Heard, AsrBatch]):
         self._audio: dict[Recording, np.ndarray] | None = {} if hours <= KEPT_HOURS else None
         self._frames = {} if frames is None else frames  # of the encoder that rests, by version
         self._unreadable: set[Recording] = set()
-        self._sampler = None
-        if learning.sampling is not None:
-            assert isinstance(self.ctc.vocabulary, SentencePieceVocabulary)
-            self._sampler = SubwordSampler(self.ctc.vocabulary, alpha=learning.sampling)
+        self._sampler = None if learning.sampling is None else SubwordSampler(self.ctc.vocabulary, alpha=learning.sampling)
 
     @property
     def network(self) -> nn.Module:
@@ -179,7 +159,7 @@ class AsrTask(Task[Heard, AsrBatch]):
         if corpus.parts == 1:
             return items
         shards = [x.utterance.audio for x in items]
-        return [items[i] for i in sub_epoch(len(items), index=epoch, parts=corpus.parts, seed=self.seed, groups=shards)]
+        return [items[i] for i in sub_epoch(shards, index=epoch, parts=corpus.parts, seed=self.seed)]
 
     def load(self, items: Sequence[Heard], place: Place) -> AsrBatch | None:
         rows = [row for x in items if (row := self._row(x, place)) is not None]
@@ -277,7 +257,7 @@ class AsrTask(Task[Heard, AsrBatch]):
             labels,
             sizes,
             kept=bool(self.learning.kept_versions) and sounds[0].ndim == 2,
-            duration=sum(x.seconds for x in labelled),
+            seconds=sum(x.seconds for x in labelled),
         )
 
     def _text(self, item: Labelled) -> str:
@@ -333,7 +313,8 @@ class AsrTask(Task[Heard, AsrBatch]):
     def validate(self, rank: int, world: int) -> Mapping[str, Ratio]:
         figures: dict[str, Ratio] = {}
         for number, (name, items) in enumerate(self.checks.items()):
-            mine = shares(self._check_batches(items), rank, world)
+            batches = batches_by_seconds([x.seconds for x in items], batch_seconds=CHECK_SECONDS)
+            mine = shares(batches, rank, world)
             found = [part for batch, counts in mine for part in [self._check([items[i] for i in batch])] if counts]
             names = sorted({key for part in found for key in part}, key=lambda key: key != "WER")
             for key in names:
@@ -348,9 +329,6 @@ class AsrTask(Task[Heard, AsrBatch]):
                 figures = {**heard, **figures} if isinstance(self.model, SpeechLlm) else {**figures, **heard}
         return figures
 
-    def _check_batches(self, items: Sequence[Labelled]) -> list[list[int]]:
-        return batches_by_seconds([x.seconds for x in items], batch_seconds=CHECK_SECONDS)
-
     def _check(self, items: Sequence[Labelled]) -> dict[str, Ratio]:
         """WER of the main head, greedy, and the losses, on one batch; what cannot be read is left out."""
         items, audios = self._readable(items)
@@ -360,11 +338,9 @@ class AsrTask(Task[Heard, AsrBatch]):
         device = next(self.model.parameters()).device
         batch = self._batch(sounds, [None] * len(items), items).on(device)
         losses, output = self._scored(replace(batch, kept=False))
-        heard = []
-        for log_probs, length in zip(output.log_probs, output.lengths.tolist(), strict=True):
-            best = torch.unique_consecutive(log_probs[:length].argmax(-1)).tolist()
-            heard.append(self.ctc.vocabulary.decode([x for x in best if x != self.ctc.vocabulary.blank]))
-        return {"WER": errors(heard, items), **{name: Ratio(float(x), batch.counts[name]) for name, x in losses.items()}}
+        heard = ctc_greedy(output.log_probs, output.lengths, vocabulary=self.ctc.vocabulary)
+        figures = {name: Ratio(float(x), batch.counts[name]) for name, x in losses.items()}
+        return {"WER": errors([nbest[0].text for nbest in heard], items), **figures}
 
     def _readable(self, items: Sequence[Labelled]) -> tuple[list[Labelled], list[np.ndarray]]:
         kept, audios = [], []
@@ -418,7 +394,7 @@ def ctc_loss(output: CtcOutput, labels: Tensor, sizes: Tensor, vocabulary: Vocab
     return F.ctc_loss(log_probs, labels, output.lengths, sizes, blank=vocabulary.blank, reduction="sum", zero_infinity=True)
 
 
-def errors(heard: Iterator[str] | Sequence[str], items: Sequence[Labelled]) -> Ratio:
+def errors(heard: Sequence[str], items: Sequence[Labelled]) -> Ratio:
     """Word errors and words, texts as they are but for case."""
     wrong = words = 0
     for text, item in zip(heard, items, strict=True):

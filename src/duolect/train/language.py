@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from duolect.data.batching import dealt, shuffled_batches
 from duolect.data.pieces import SubwordSampler
 from duolect.data.text import TextLines
 from duolect.train.task import Batch, Place, Ratio, Task, shares
-from duolect.vocabulary import SentencePieceVocabulary, Vocabulary
+from duolect.vocabulary import Vocabulary
 
 IGNORED = -100  # labels of padding
 _MEASURED = 1 << 25  # bytes of text whose labels are counted; of more, the lengths are estimated from the bytes
@@ -50,24 +50,12 @@ class Sentences(Batch):
     def counts(self) -> Mapping[str, int]:
         return {"nats": int((self.targets != IGNORED).sum())}
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {"inputs": self.inputs, "targets": self.targets}
-
-    def on(self, device: torch.device) -> Sentences:
-        return Sentences(self.inputs.to(device), self.targets.to(device))
-
-
-class Saver(Protocol):
-    """Writes a model folder of a state dict and a note."""
-
-    def __call__(self, folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None: ...
-
 
 class LmTask(Task[int, Sentences]):
     """Next-label prediction of sentences, each after bos and up to eos.
 
-    corpora: texts, and how often each is read in an epoch. checks: validation texts by name. New embeddings learn at the rate
-    `embeddings`, all else at `llm`.
+    corpora: texts, and how often each is read in an epoch. checks: validation texts by name. save: writes a model folder of a state dict
+    and a note. New embeddings learn at the rate `embeddings`, all else at `llm`.
     """
 
     model: PreTrainedModel
@@ -81,18 +69,14 @@ class LmTask(Task[int, Sentences]):
         checks: Mapping[str, TextLines],
         *,
         seed: int,
-        save: Saver,
+        save: Callable[[Path, Mapping[str, Tensor], str], None],
     ) -> None:
         self.model, self.vocabulary, self.learning, self.seed, self.checks = model, vocabulary, learning, seed, checks
         self.texts = [lines for lines, times in corpora for _ in range(times)]
         self.begins = np.cumsum([0, *map(len, self.texts)])  # item numbers run through the texts
         counted = {id(lines): np.minimum(self._lengths(lines), learning.longest) + 1.0 for lines, _ in corpora}
         self.sizes: list[float] = np.concatenate([counted[id(lines)] for lines in self.texts]).tolist()
-        self.sampler = None
-        if learning.sampling is not None:
-            if not isinstance(vocabulary, SentencePieceVocabulary):
-                raise ValueError("sampling draws SentencePiece segmentations, and the units are none: set learning.sampling=null")
-            self.sampler = SubwordSampler(vocabulary, alpha=learning.sampling)
+        self.sampler = None if learning.sampling is None else SubwordSampler(vocabulary, alpha=learning.sampling)
         self._save = save
 
     def _lengths(self, lines: TextLines) -> np.ndarray:
@@ -155,7 +139,7 @@ class LmTask(Task[int, Sentences]):
         return found
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], *, note: str) -> None:
-        self._save(folder, weights, note=note)
+        self._save(folder, weights, note)
 
     def name_of(self, item: int) -> str:
         return f"{self._text(item)[:40]!r}"

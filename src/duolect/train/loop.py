@@ -31,10 +31,8 @@ from duolect.train.checkpoint import (
 from duolect.train.loader import updates
 from duolect.train.monitor import Monitor, flop_counter
 from duolect.train.optim import Average, Schedule, WarmUp, adamw, set_rates
-from duolect.train.parallel import World
+from duolect.train.parallel import World, whole
 from duolect.train.task import Batch, Place, Ratio, Task
-
-__all__ = ["Place", "Task", "TrainConfig", "TrainError", "train"]
 
 
 @registered
@@ -110,13 +108,12 @@ def train(
     folder: str | Path,
     *,
     world: World | None = None,
-    layers: Sequence[nn.Module] = (),
     mirror: str = "",
 ) -> Mapping[str, float]:
     """The figures of the model that was saved at the end; goes on where an earlier run in `folder` stopped.
 
     Writes folder/metrics.jsonl, folder/model (the newest usable model, at the end the best) and folder/state.safetensors (to go on from).
-    layers: what is sharded by itself in a sharded run. mirror: `tensorboard`, `wandb` or `trackio`, also to write to. Raises TrainError
+    mirror: `tensorboard`, `wandb` or `trackio`, also to write to. Raises TrainError
     for a loss that is not finite, and for a folder that is too small or belongs to another configuration.
     """
     folder, world = Path(folder), world or World()
@@ -126,7 +123,7 @@ def train(
     if world.first:
         check_room(folder, task.model, copies=8 + config.keep_best)
     torch.manual_seed(config.seed)
-    world.place(task.network, layers)
+    world.place(task.network)
     optimizer = adamw(task.groups(), config.learning_rates, weight_decay=config.weight_decay, eps=config.eps)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     average = Average(trainable, config.average)
@@ -152,7 +149,8 @@ def train(
         average.update(place.step)
         place = Place(place.step + 1, place.epoch, place.update + 1, monitor.seconds)
         progress = run.progress(place, per_epoch)
-        monitor.step(place, progress, rates, log=place.step % config.log_every == 0)
+        if place.step % config.log_every == 0:
+            monitor.log(place, progress, rates)
         if place.step % config.validate_every == 0 and progress < 1.0:
             with average.used():
                 figures = _validated(run, place)
@@ -183,7 +181,7 @@ def _update(run: _Run, place: Place, micros: Sequence[tuple[tuple[Any, ...], Bat
     world.sum_gradients(run.trainable)
     sums = world.total({**sums, "seconds": seconds})
     seconds = sums.pop("seconds")
-    norm = float(_whole(nn.utils.clip_grad_norm_(run.trainable, config.clip)))
+    norm = float(whole(nn.utils.clip_grad_norm_(run.trainable, config.clip)))
     if not (math.isfinite(norm) and all(map(math.isfinite, sums.values()))):
         raise TrainError(_report_nan(run, place, micros, sums, norm))
     run.optimizer.step()
@@ -313,7 +311,3 @@ def _finish(run: _Run, place: Place) -> dict[str, float]:
 
 def _note(place: Place) -> str:
     return f"update {place.step}, {place.seconds / 60:.0f} minutes of training"
-
-
-def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]

@@ -69,11 +69,10 @@ class Monitor:
             self._losses[name] = old + value, count + counts[name]
         self._norm, self._audio, self._updates = self._norm + norm, self._audio + seconds, self._updates + 1
 
-    def step(self, place: Place, progress: float, rates: Mapping[str, float], *, log: bool) -> None:
-        """Writes a line of metrics and of progress where `log` says so."""
-        if not log or not self.world.first:
-            self._reset() if log else None
-            return
+    def log(self, place: Place, progress: float, rates: Mapping[str, float]) -> None:
+        """Writes a line of metrics and of progress; the sums begin anew."""
+        if not self.world.first:
+            return self._reset()
         spent = max(1e-9, time.monotonic() - self._since)
         losses = {name: value / max(1.0, count) for name, (value, count) in self._losses.items()}
         speed, norm = self._audio / spent, self._norm / max(1, self._updates)

@@ -8,6 +8,7 @@ empty one, would block the others.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -57,7 +58,12 @@ class World:
             dist.all_gather_object(gathered, dict(values))
         return {name: value for part in gathered for name, value in part.items()}
 
-    def place(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    def say(self, text: str) -> None:
+        """Prints a line for people, once."""
+        if self.first:
+            print(text, file=sys.stderr, flush=True)
+
+    def place(self, model: nn.Module) -> None:
         """Moves the model to this process's device: rank 0's weights for all, or sharded layer by layer."""
         model.to(self.device)
         if self.size == 1:
@@ -67,7 +73,8 @@ class World:
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
 
-            for part in (*layers, model):
+            stacks = [x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x) > 1]
+            for part in (*(layer for stack in stacks for layer in stack if _heavy(layer)), model):
                 fully_shard(part)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -121,6 +128,10 @@ def like(value: Tensor, model: Tensor) -> Tensor:
     if isinstance(model, DTensor):
         return distribute_tensor(value, model.device_mesh, model.placements)
     return value
+
+
+def _heavy(module: nn.Module) -> bool:
+    return sum(p.numel() for p in module.parameters()) > 100_000 and not isinstance(module, nn.Linear)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterable[list[nn.Parameter]]:

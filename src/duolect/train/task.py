@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,26 +49,32 @@ def shares(items: Sequence[Item], rank: int, world: int) -> list[tuple[Item, boo
     return [(items[min(at + rank, len(items) - 1)], at + rank < len(items)) for at in rounds]
 
 
+@dataclass(frozen=True)
 class Batch(ABC):
-    """A micro-batch, ready for the model."""
+    """A micro-batch, ready for the model: a dataclass of tensors, mappings of tensors, and values that go nowhere."""
+
+    seconds: float = field(default=0.0, kw_only=True)  # of audio, without padding
 
     @property
     @abstractmethod
     def counts(self) -> Mapping[str, int]:
         """What each loss is divided by (labels), by the loss's name."""
 
-    @property
-    def seconds(self) -> float:
-        """Of audio, without padding."""
-        return 0.0
-
-    @abstractmethod
-    def tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Everything that goes to the device, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found |= {f"{name}.{key}": x for name, part in found.items() if isinstance(part, Mapping) for key, x in part.items()}
+        return {name: x for name, x in found.items() if isinstance(x, Tensor)}
 
-    @abstractmethod
-    def on(self, device: torch.device) -> Batch:
+    def on(self: BatchT, device: torch.device) -> BatchT:
         """The same batch there."""
+
+        def there(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: there(x) for name, x in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return replace(self, **{f.name: there(getattr(self, f.name)) for f in fields(self)})
 
 
 class Task(ABC, Generic[Item, BatchT]):
