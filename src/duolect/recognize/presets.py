@@ -109,7 +109,7 @@ def _alone(x: Ingredients, part: str, beam: int | None = None, *, exponent: floa
 
 
 def _joint(x: Ingredients, part: str) -> Decoding:
-    return LabelSynchronous({**_hears(x, part), "ctc": Ctc()}, x.label_beam)
+    return LabelSynchronous({**_hears(x, part), "ctc": Ctc()}, x.label_beam, ends="apart")
 
 
 def _timed(x: Ingredients, part: str, when: Schedule, beam: int) -> Decoding:
