@@ -66,6 +66,9 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("DUOLECT_DEBUG"):
             raise
-        print(f"duolect: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}: check the path and its rights"
+        print(f"duolect: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
