@@ -511,3 +511,8 @@ def test_tune_says_what_parts_of_a_corpus_gain_and_what_is_wrong(duolect, tmp_pa
     ]:
         code, _, err = duolect(*written(*lines))
         assert code == 2 and expected in err, (expected, err)
+
+
+def test_a_file_that_is_not_there_is_named(duolect, tmp_path):
+    code, out, err = duolect("score", tmp_path / "none.jsonl")
+    assert (code, out, err) == (2, "", f"duolect: {tmp_path / 'none.jsonl'}: No such file or directory: check the path and its rights\n")

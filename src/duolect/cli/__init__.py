@@ -66,9 +66,12 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("DUOLECT_DEBUG"):
             raise
-        text = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            text = f"{error.filename}: {error.strerror}: check the path and its rights"
-        print(f"duolect: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+        print(f"duolect: {_in_a_line(error)}", file=sys.stderr)
         code = 2
     sys.exit(code or 0)
+
+
+def _in_a_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}: check the path and its rights"
+    return " ".join(str(error).split()) or type(error).__name__
