@@ -48,8 +48,9 @@ def tiny(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperim
 def mini(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
     """A model of the size of a study, for two quiet hours of a CPU core or minutes of a GPU: Conformer 12 x 144 of 60 ms, CTC + AED.
 
-    Not yet brought to the end: in an hour of a shared core it heard nothing but blanks (docs/LOG.md). Real speech first, then synthesized: the first source is heard whole in every epoch, a seventh of each other. Small batches: on few
-    hours of speech the number of updates decides whether CTC leaves the plateau of blanks.
+    Not yet brought to the end: in an hour of a shared core it heard nothing but blanks (docs/LOG.md). Real speech first, then
+    synthesized: the first source is heard whole in every epoch, a seventh of each other. Small batches: on few hours of speech the
+    number of updates decides whether CTC leaves the plateau of blanks.
     """
     dims = ConformerDims.of(layers=12, dim=144, kernel=15, channels=(16, 32, 32), subsampling=6)
     spec = SpecAugment(ramp=(1000, 5000, 10**9))
