@@ -19,18 +19,21 @@ from transformers import (
 
 from duolect.audio.features import whisper_log_mel
 from duolect.models import ModelError
-from duolect.models.conformer import ConformerDims, ConformerEncoder
+from duolect.models.conformer import ConformerDims, ConformerEncoder, sinusoids
 from duolect.models.ctc import CtcModel, HuggingFaceCtc, load_acoustic_model
 from duolect.models.encoders import WhisperDims, WhisperEncoder
+from duolect.models.extended import ExtendedEncoder, TopDims
 from duolect.vocabulary import CharacterVocabulary, with_blank
 from tests.conftest import WORDS, byte_level, sentence_pieces
 
+TOP = TopDims(dim=16, layers=1, kernel=3, stack=2)
 CHARACTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE"]
 
 
-def tiny(*, merge_after: int | None = 1, stack: int = 1, window_seconds: float = 28.0) -> CtcModel:
+def tiny(*, merge_after: int | None = 1, stack: int = 1, window_seconds: float = 28.0, top: TopDims | None = None) -> CtcModel:
     torch.manual_seed(0)
-    encoder = WhisperEncoder(WhisperDims(mels=80, dim=16, layers=2, heads=2, positions=1500, merge_after=merge_after))
+    whisper = WhisperEncoder(WhisperDims(mels=80, dim=16, layers=2, heads=2, positions=1500, merge_after=merge_after))
+    encoder = whisper if top is None else ExtendedEncoder(whisper, top)
     return CtcModel(encoder, CharacterVocabulary(CHARACTERS), stack=stack, window_seconds=window_seconds).eval()
 
 
@@ -38,19 +41,33 @@ def noise(seconds: float, seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(int(seconds * 16000)) * 0.1).astype(np.float32)
 
 
-@pytest.mark.parametrize(("merge_after", "stack"), [(1, 1), (None, 2), (None, 1)])
-def test_batch_gives_what_each_gives_alone(merge_after: int | None, stack: int) -> None:
-    model = tiny(merge_after=merge_after, stack=stack)
+@pytest.mark.parametrize(("merge_after", "stack", "top"), [(1, 1, None), (None, 2, None), (None, 1, None), (None, 1, TOP)])
+def test_batch_gives_what_each_gives_alone(merge_after: int | None, stack: int, top: TopDims | None) -> None:
+    model = tiny(merge_after=merge_after, stack=stack, top=top)
     audios = [noise(s, i) for i, s in enumerate((1.0, 0.01, 2.33, 0.5))]
     together = model.log_probs_of(audios)
     assert together.log_probs.dtype == torch.float32
-    assert model.seconds_per_frame == pytest.approx(0.02 if (merge_after, stack) == (None, 1) else 0.04)
+    assert model.seconds_per_frame == pytest.approx(0.02 if (merge_after, stack, top) == (None, 1, None) else 0.04)
     for i, audio in enumerate(audios):
         alone = model.log_probs_of([audio])
         n = int(alone.lengths[0])
         assert n == int(together.lengths[i]) == -(-len(audio) // round(16000 * model.seconds_per_frame))
         torch.testing.assert_close(together.log_probs[i, :n], alone.log_probs[0], atol=1e-4, rtol=1e-4)
         assert torch.equal(together.log_probs[i, n:].argmax(-1), torch.zeros(together.log_probs.shape[1] - n, dtype=torch.long))
+
+
+def test_layers_on_top_join_frames() -> None:
+    encoder = tiny(merge_after=None, top=TOP).encoder
+    assert isinstance(encoder, ExtendedEncoder)
+    features, lengths = torch.randn(1, 30, 80), torch.tensor([30])  # 15 frames of the base: the last one is joined with silence
+    below = encoder.base(features, lengths).frames[0]
+    pairs = [torch.cat((below[i], below[i + 1] if i + 1 < len(below) else torch.zeros(16))) for i in range(0, len(below), 2)]
+    joined = encoder.top.linear(encoder.top.norm(torch.stack(pairs)[None]))
+    distances = sinusoids(torch.arange(8, -8, -1), 16)
+    naive = encoder.top.layers[0](joined, torch.ones(1, 8, dtype=torch.bool), distances)
+    torch.testing.assert_close(encoder(features, lengths).frames, naive)
+    with pytest.raises(ValueError, match=r"layer 2 is to be tapped, but only 3 \.\. 3 can be"):
+        encoder(features, lengths, taps=(2,))
 
 
 def test_nothing_is_nothing() -> None:

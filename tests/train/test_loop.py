@@ -147,18 +147,20 @@ def test_the_best_weights_and_their_mean_are_tried(tmp_path: Path) -> None:
 
         def validate(self, rank: int, world: int) -> Mapping[str, Ratio]:
             seen.append(self.model[0].weight.detach().clone())
-            return {"odd": Ratio(abs(len(seen) - 2), 1)}
+            return {"odd": Ratio(abs(len(seen) - 3), 1)}  # the first one is asked before training
 
     seen: list[Tensor] = []
     task = Worse()
     figures = train(task, replace(CONFIG, validate_every=2, keep_best=2, watch="odd"), tmp_path)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-2.safetensors", "step-4.safetensors"]  # figures 1 and 0, the first of equals
-    assert torch.equal(read_weights(tmp_path / "checkpoints" / "step-4.safetensors")[0]["0.weight"], seen[1])
+    assert torch.equal(read_weights(tmp_path / "checkpoints" / "step-4.safetensors")[0]["0.weight"], seen[2])
     assert torch.equal(load_file(tmp_path / "model" / "weights.safetensors")["0.weight"], task.model[0].weight)  # after trying others
     assert figures == {"odd": 3.0} and json.loads((tmp_path / "result.json").read_text())["weights"] == "last"
+    other = Worse()
     with pytest.raises(TrainError, match="watch names 'even', but validation gives odd"):
-        train(Worse(), replace(CONFIG, validate_every=2, keep_best=2, watch="even"), tmp_path / "other")
+        train(other, replace(CONFIG, validate_every=2, keep_best=2, watch="even"), tmp_path / "other")
+    assert not other.heard
 
 
 def test_trying_other_weights_leaves_the_last_ones(tmp_path: Path) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from duolect.models.conformer import ConformerDims, ConformerLayer, TimeDropout, heads_of, sinusoids
-from duolect.models.encoders import Encoded, Encoder, encoder_from_settings, frame_mask, require_layers
+from duolect.models.encoders import Encoded, Encoder, encoder_from_settings, frame_mask, require_layers, stack_frames
 
 
 @dataclass(frozen=True)
 class TopDims:
-    """The layers on top; fields as in ConformerDims."""
+    """The layers on top; fields as in ConformerDims. stack: so many frames of the encoder below, side by side, are one frame of theirs."""
 
     dim: int = 256
     layers: int = 4
@@ -22,9 +22,10 @@ class TopDims:
     ff_factor: int = 2
     dropout: float = 0.1
     attention_dropout: float = 0.1
+    stack: int = 1
 
     def conformer(self) -> ConformerDims:
-        return ConformerDims(heads=heads_of(self.dim), **asdict(self))
+        return ConformerDims(heads=heads_of(self.dim), **{name: value for name, value in asdict(self).items() if name != "stack"})
 
 
 class ExtendedEncoder(Encoder):
@@ -34,13 +35,14 @@ class ExtendedEncoder(Encoder):
         super().__init__()
         self.base, self.top_dims = base, dims
         self.dim, self.mels, self.depth = dims.dim, base.mels, base.depth + dims.layers
-        self.seconds_per_frame, self.max_seconds = base.seconds_per_frame, base.max_seconds
+        self.seconds_per_frame, self.max_seconds = base.seconds_per_frame * dims.stack, base.max_seconds
         self.top = Top(base.dim, dims)
 
     def features(self, audio: Tensor) -> Tensor:
         return self.base.features(audio)
 
     def forward(self, features: Tensor, lengths: Tensor, *, taps: Sequence[int] = (), hidden: Tensor | None = None) -> Encoded:
+        require_layers(taps, self.depth, first=1 if self.top_dims.stack == 1 else self.base.depth + 1)  # others have another frame rate
         below = self.base(features, lengths, taps=[n for n in taps if n <= self.base.depth], hidden=hidden)
         return self.top(below, taps=[n - self.base.depth for n in taps if n > self.base.depth], below=self.base.depth)
 
@@ -56,22 +58,24 @@ class ExtendedEncoder(Encoder):
 
 
 class Top(nn.Module):
-    """Layer norm, linear, Conformer layers: [B, T, width] to [B, T, dim]."""
+    """Frames stacked, layer norm, linear, Conformer layers: [B, T, width] to [B, ceil(T / stack), dim]."""
 
     def __init__(self, width: int, dims: TopDims) -> None:
         super().__init__()
         self.dims = dims
+        width *= dims.stack
         self.norm, self.linear, self.dropout = nn.LayerNorm(width), nn.Linear(width, dims.dim), TimeDropout(dims.dropout)
         self.layers = nn.ModuleList(ConformerLayer(dims.conformer()) for _ in range(dims.layers))
 
     def forward(self, encoded: Encoded, *, taps: Sequence[int] = (), below: int = 0) -> Encoded:
         """The frames behind the last layer; taps: layers of this module, from 1, reported `below` higher beside the taps that are there."""
         require_layers(taps, len(self.layers))
-        x, mask = self.dropout(self.linear(self.norm(encoded.frames))), frame_mask(encoded.lengths, encoded.frames.shape[1])
+        frames, lengths = stack_frames(encoded.frames, encoded.lengths, self.dims.stack)
+        x, mask = self.dropout(self.linear(self.norm(frames))), frame_mask(lengths, frames.shape[1])
         distances = sinusoids(torch.arange(x.shape[1], -x.shape[1], -1, device=x.device), self.dims.dim).to(x.dtype)
         tapped = dict(encoded.taps)
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, mask, distances)
             if number in taps:
                 tapped[below + number] = x * mask[..., None]
-        return replace(encoded, frames=x * mask[..., None], taps=tapped)
+        return Encoded(x * mask[..., None], lengths, tapped)

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import duolect
 from duolect.audio.augment import Augmentation, SpecAugment
 from duolect.models.adapters import AdapterDims
@@ -53,16 +51,17 @@ def mini(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperim
     number of updates decides whether CTC leaves the plateau of blanks.
     """
     dims = ConformerDims.of(layers=12, dim=144, kernel=15, channels=(16, 32, 32), subsampling=6)
-    spec = SpecAugment(ramp=(1000, 5000, 10**9))
+    speech = Augmentation(noise_chance=0.2, spec=SpecAugment(ramp=(2000, 6000, 10**9)))
+    real, others = {"begin": 4 if len(sources) > 1 else 0}, {"parts": 7}
     return AsrExperiment(
         "mini",
-        tuple(Corpus(x, 1 if i == 0 else 7, Augmentation(noise_chance=0.2 if i == 0 else 0.4, spec=spec)) for i, x in enumerate(sources)),
+        tuple(Corpus(x, augment=speech, **(real if i == 0 else others)) for i, x in enumerate(sources)),
         TrainConfig(
             {"top": 1.5e-3, "encoder": 1.5e-3, "decoder": 1.5e-3},
             seconds=7200,
             schedule=Piecewise(((0.0, 0.02), (0.1, 1.0), (0.5, 0.6), (1.0, 0.005))),
             average=0.998,
-            precision="bf16" if torch.cuda.is_available() else "fp32",
+            precision="auto",
             validate_every=1000,
             save_every=500,
             keep_best=4,
@@ -116,16 +115,17 @@ def continued(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrEx
 
 
 def whisper_top(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
-    """The embedded CTC model, first half: Conformer layers on Whisper base's encoder, which rests; its frames are computed three times.
+    """A CTC model on Whisper base, first half: Conformer layers on its encoder, which rests; its frames are computed three times.
 
-    Real speech first, then synthesized. Go on with `whisper_ctc --set start=<run>/model`.
+    Frames are joined to 25 Hz behind the encoder: inside, layers that rest get what they never saw (docs/LOG.md). Real speech first, then
+    synthesized. Go on with `whisper_ctc --set start=<run>/model`.
     """
     noise = Augmentation(noise_chance=0.35, snr_db=(8.0, 30.0), spec=None)
     return AsrExperiment(
         "whisper_top",
         tuple(Corpus(x, 1 if i == 0 else 6, noise) for i, x in enumerate(sources)),
-        TrainConfig({"top": 1.5e-3, "encoder": 0.0}, seconds=4500, average=0.998, validate_every=500, save_every=250),
-        FromWhisper(frozen=6, top=TopDims(dim=288, layers=4, dropout=0.15, attention_dropout=0.15)),
+        TrainConfig({"top": 1.5e-3, "encoder": 0.0}, seconds=4500, average=0.998, precision="auto", validate_every=500, save_every=250),
+        FromWhisper(merge_after=None, frozen=6, top=TopDims(dim=288, layers=4, dropout=0.15, attention_dropout=0.15, stack=2)),
         _named(checks),
         Units(256, text),
         learning=Learning(batch_seconds=40.0, kept_versions=3),
@@ -135,12 +135,12 @@ def whisper_top(sources: Sequence[str], checks: Sequence[str], text: str) -> Asr
 
 
 def whisper_ctc(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
-    """The embedded CTC model, second half: the encoder's upper layers learn too, at low rates, from what `whisper_top` left."""
+    """A CTC model on Whisper base, second half: the encoder's upper layers learn too, at low rates, from what `whisper_top` left."""
     first = whisper_top(sources, checks, text)
     spec = SpecAugment(ramp=(0, 10**9, 10**9))
     corpora = tuple(replace(x, augment=replace(x.augment, spec=spec)) for x in first.corpora)
     training = replace(first.training, learning_rates={"top": 4e-4, "encoder": 6e-5}, seconds=3000)
-    encoder = FromWhisper(frozen=3, top=first.encoder.top) if isinstance(first.encoder, FromWhisper) else first.encoder
+    encoder = replace(first.encoder, frozen=3) if isinstance(first.encoder, FromWhisper) else first.encoder
     return replace(first, recipe="whisper_ctc", corpora=corpora, training=training, encoder=encoder, learning=Learning(batch_seconds=30.0))
 
 

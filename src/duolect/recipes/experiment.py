@@ -50,10 +50,11 @@ class Units:
 @registered
 @dataclass(frozen=True)
 class FromWhisper:
-    """Whisper's encoder, its layers above merge_after at 25 Hz; frozen: layers at rest, from below (with the convolutions)."""
+    """Whisper's encoder. merge_after: layers above it run at 25 Hz (None: all at 50); frozen: layers at rest, from below (with the
+    convolutions)."""
 
     whisper: str = "whisper-base"
-    merge_after: int = 2
+    merge_after: int | None = 2
     frozen: int = 2
     top: TopDims | None = None
 
@@ -153,8 +154,9 @@ def run(
     if world.sharded and learning.decoder_check:
         world.say("shards cannot decode while they learn: validation leaves the decoder's WER out")
         learning = replace(learning, decoder_check=0)
-    task = AsrTask(model, learning, corpora, checks, seed=seed, case=experiment.units.case, card=card, frames=kept)
-    return train(task, experiment.training, out, world=world, mirror=mirror)
+    training, case = experiment.training, experiment.units.case
+    task = AsrTask(model, learning, corpora, checks, seed=seed, case=case, card=card, frames=kept, precision=training.precision)
+    return train(task, training, out, world=world, mirror=mirror)
 
 
 def _corpora(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ def finetune(llm: str, texts: Sequence[str], checks: Sequence[str], units: str =
     Low-rank paths learn at 3e-4, the embeddings of new units at 1e-3; old ones rest unless all learns.
     """
     rates = {"llm": 1e-5 if learns == "all" else 3e-4, "embeddings": 1e-3 if units else 1e-5}
-    training = TrainConfig(rates, epochs=2.0, schedule=WarmUp(200), precision=_precision(), validate_every=250, save_every=250, keep_best=2)
+    training = TrainConfig(rates, epochs=2.0, schedule=WarmUp(200), precision="auto", validate_every=250, save_every=250, keep_best=2)
     dims = LmDims(learns, embeddings="learn" if learns == "all" else "rest")
     return LmExperiment("finetune", tuple(Text(x) for x in texts), training, llm, dims, units, _named(checks))
 
@@ -81,7 +80,7 @@ def finetune(llm: str, texts: Sequence[str], checks: Sequence[str], units: str =
 def scratch(texts: Sequence[str], checks: Sequence[str], units: str) -> LmExperiment:
     """A small model in a CTC model's units, five epochs (paper.md 1.10); as shipped: `--set training.seconds=1500`."""
     rates = {"llm": 3e-3, "embeddings": 3e-3}
-    training = TrainConfig(rates, epochs=5.0, schedule=WarmUp(60), weight_decay=0.05, precision=_precision(), validate_every=300)
+    training = TrainConfig(rates, epochs=5.0, schedule=WarmUp(60), weight_decay=0.05, precision="auto", validate_every=300)
     learning = TextLearning(batch_labels=3000)
     return LmExperiment(
         "scratch", tuple(Text(x) for x in texts), training, LmShape(), units=units, checks=_named(checks), learning=learning
@@ -185,10 +184,6 @@ def _unknown(lines: TextLines, vocabulary: Vocabulary) -> str:
     unknown = vocabulary.processor.unk_id()
     odd = [x for x in some if unknown in vocabulary.encode(x)]
     return f"; {100 * len(odd) / len(some):.1f}% have letters outside the units, such as {odd[0][:60]!r}" if odd else ""
-
-
-def _precision() -> Literal["fp32", "bf16"]:
-    return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 def _named(sources: Sequence[str]) -> dict[str, str]:

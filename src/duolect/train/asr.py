@@ -31,6 +31,7 @@ from duolect.search.ctc import ctc_greedy
 from duolect.search.fusion import Fused
 from duolect.search.label import label_beam_search
 from duolect.train.checkpoint import TrainError
+from duolect.train.parallel import Numbers, computing
 from duolect.train.task import Batch, Place, Ratio, Task, shares
 from duolect.vocabulary import Vocabulary
 
@@ -44,11 +45,13 @@ Recording = tuple[Path, "tuple[int, int] | None"]
 @registered
 @dataclass(frozen=True)
 class Corpus:
-    """Speech to learn from. source: anything `duolect decode` reads. parts: an epoch hears one of so many (all, before one returns)."""
+    """Speech to learn from. source: anything `duolect decode` reads. parts: an epoch hears one of so many (all, before one returns). begin:
+    the first epoch that hears it, so that what is easy (few voices, no noise) may come first."""
 
     source: str
     parts: int = 1
     augment: Augmentation = field(default_factory=Augmentation)
+    begin: int = 0
 
 
 @registered
@@ -119,9 +122,11 @@ class AsrTask(Task[Heard, AsrBatch]):
         case: Case = "lower",
         card: str = "",
         frames: dict[tuple[Recording, int], Tensor] | None = None,
+        precision: Numbers = "fp32",
     ) -> None:
         self.model, self.learning, self.corpora, self.checks, self.seed, self.card = model, learning, list(corpora), checks, seed, card
         self.case: Case = case
+        self.precision: Numbers = precision  # of what an encoder at rest is asked once
         self.ctc = model if isinstance(model, CtcModel) else model.ctc
         self._network = _HeadsOf(model) if isinstance(model, CtcModel) else model
         self._at_rest = _at_rest(model) if learning.kept_versions else None
@@ -145,7 +150,8 @@ class AsrTask(Task[Heard, AsrBatch]):
         return item.item.utterance.id
 
     def plan(self, epoch: int, parts: int) -> Sequence[Sequence[tuple[Heard, ...]]]:
-        chosen = [Heard(x, n) for n in range(len(self.corpora)) for x in self._of_epoch(n, epoch)]
+        begun = [n for n, (corpus, _) in enumerate(self.corpora) if corpus.begin <= epoch]
+        chosen = [Heard(x, n) for n in begun for x in self._of_epoch(n, epoch)]
         # As they will be heard: lengths that a speed drawn later changed by a tenth would triple the padding.
         seconds = [x.item.seconds / self._speed(x, epoch) for x in chosen]
         batches = shuffled_batches(
@@ -233,7 +239,8 @@ class AsrTask(Task[Heard, AsrBatch]):
         base.eval()
         device = next(base.parameters()).device
         features = base.features(audio.to(device))
-        frames = base(features[None], torch.tensor([len(features)], device=device)).frames[0].cpu()
+        with computing(device, self.precision):
+            frames = base(features[None], torch.tensor([len(features)], device=device)).frames[0].cpu()
         base.train(was)
         return frames
 

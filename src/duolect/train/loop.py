@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from duolect.train.checkpoint import (
 from duolect.train.loader import updates
 from duolect.train.monitor import Monitor, flop_counter
 from duolect.train.optim import Average, Schedule, WarmUp, adamw, set_rates
-from duolect.train.parallel import World, whole
+from duolect.train.parallel import Numbers, World, computing, whole
 from duolect.train.task import Batch, Place, Ratio, Task
 
 
@@ -43,8 +43,9 @@ class TrainConfig:
     learning_rates: peak per parameter group. learns: (from, until) in epochs, per parameter group that rests outside of them. accumulate:
     micro-batches per process and update. average: decay per update of a moving average of the weights, which then is what is validated and
     saved; 0: none. keep_best: so many of the best validated weights are kept, and their mean is tried at the end. watch: the figure that
-    decides what is best (the first one where it is empty). A budget in seconds makes the learning rate follow the clock: only runs without
-    one repeat themselves to the bit.
+    decides what is best (the first one where it is empty; a name is looked up before training). precision: of the products; auto: bf16
+    where the device has instructions for it. A budget in seconds makes the learning rate follow the clock: only runs without one repeat
+    themselves to the bit, on devices of one kind.
     """
 
     learning_rates: Mapping[str, float]
@@ -57,7 +58,7 @@ class TrainConfig:
     clip: float = 1.0
     accumulate: int = 1
     average: float = 0.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Numbers = "fp32"
     seed: int = 0
     workers: int = 0
     log_every: int = 20
@@ -134,6 +135,8 @@ def train(
     monitor = Monitor(folder, world, place, mirror=mirror)
     run = _Run(task, config, folder, world, optimizer, trainable, average, monitor, best)
     figures: Mapping[str, float] = {}
+    if config.watch and not place.step:
+        _watched(run, _validated(run, place))  # a wrong name is said now, not after the first hours
     task.model.train()
     for now, per_epoch, micros in updates(
         task, place, rank=world.rank, world=world.size, accumulate=config.accumulate, workers=config.workers
@@ -197,7 +200,7 @@ def _backward(
     counting = run.monitor.wants_flops
     try:
         with flop_counter() if counting else contextlib.nullcontext() as flops:
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+            with computing(world.device, run.config.precision):
                 losses = task.losses(batch.on(world.device))
             total = sum(task.weight(name) * value / max(1.0, counts.get(name, 0.0)) for name, value in losses.items())
             assert isinstance(total, Tensor)

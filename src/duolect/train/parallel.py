@@ -7,6 +7,7 @@ empty one, would block the others.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+Numbers = Literal["fp32", "bf16", "auto"]
 
 BUCKET = 2**23
 """Gradient values that are summed over processes in one piece, 32 MiB of fp32."""
@@ -143,6 +146,13 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterable[list[nn.Parameter]]
         bucket.append(p)
     if bucket:
         yield bucket
+
+
+def computing(device: torch.device, numbers: Numbers) -> contextlib.AbstractContextManager[object]:
+    """Inside, matrix products are of bf16 and weights stay as they are; `auto`: where the device has instructions for it, else fp32."""
+    # A CPU without them is some ten times slower in bf16 than in fp32.
+    able = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=numbers == "bf16" or (numbers == "auto" and able))
 
 
 def peak_flops(device: torch.device) -> float | None:
