@@ -30,7 +30,7 @@ __all__ = ["sources"]
 QUICK = TrainConfig(
     {"llm": 3e-3, "embeddings": 3e-3}, steps=6, schedule=WarmUp(2), log_every=2, validate_every=3, save_every=2, keep_best=2
 )
-GOLDEN = {"finetune": "387e8752e4", "scratch": "14457ada73"}
+GOLDEN = {"finetune": "e96cfa7486", "scratch": "a37fc6d35d"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,6 @@ def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_recipes_resolve_to_what_they_did() -> None:
     made = {"finetune": finetune("smollm2-135m", ["a.txt"], ["b.txt"], ""), "scratch": scratch(["a.txt"], ["b.txt"], "duolect-ctc")}
-    made = {name: replace(x, training=replace(x.training, precision="fp32")) for name, x in made.items()}
     assert {name: digest(x) for name, x in made.items()} == GOLDEN
     assert all(from_json(to_json(x)) == x for x in made.values())
     deep = with_overrides(made["scratch"], {"model.layers": "6", "learning.sampling": "0.5"})

@@ -51,16 +51,16 @@ QUICK = TrainConfig(RATES, steps=6, schedule=WarmUp(2), log_every=2, validate_ev
 DIMS = ConformerDims.of(layers=2, dim=32, kernel=5, channels=(4, 4, 4), subsampling=4)
 SPEC = SpecAugment(ramp=(0, 0, 0))
 GOLDEN = {
-    "tiny": "cc32654130",
-    "mini": "d80daaf161",
-    "whisper_top": "0da753063c",
-    "whisper_ctc": "56f6091011",
-    "librispeech_aed": "bcbecc7001",
-    "librispeech_aed_base": "d2b65ecfb8",
-    "loquacious_aed": "e881a5130c",
-    "continued": "c62766d62a",
-    "speech_llm": "9213d5f9fd",
-    "loquacious_speech_llm": "58ba669bef",
+    "tiny": "9b429388ba",
+    "mini": "d6a66fc689",
+    "whisper_top": "8bc386a1bd",
+    "whisper_ctc": "4cf20ae237",
+    "librispeech_aed": "83f77ffec6",
+    "librispeech_aed_base": "f9623beb7d",
+    "loquacious_aed": "4f5baea8c4",
+    "continued": "f6dd38ee57",
+    "speech_llm": "f7e6185088",
+    "loquacious_speech_llm": "96fa12629c",
 }
 """Digests of the resolved experiments: a recipe changes on purpose only, and then this line and docs/RESULTS.md change with it."""
 
@@ -101,7 +101,7 @@ def contents(folder: Path) -> str:
 def test_recipes_resolve_to_what_they_did(name: str) -> None:
     made = RECIPES[name](["real/manifest.jsonl", "synth"], ["dev"], "text.txt")
     assert from_json(to_json(made)) == made and made.recipe == name
-    assert digest(replace(made, training=replace(made.training, precision="fp32"))) == GOLDEN[name]
+    assert digest(made) == GOLDEN[name]
     assert with_overrides(made, {"training.epochs": "20"}).training.epochs == 20
 
 
@@ -331,6 +331,17 @@ def test_equal_ids_of_two_corpora_are_two_recordings(data: Path, tmp_path: Path)
     vocabulary = _units(data, tmp_path)
     task = AsrTask(CtcModel(ConformerEncoder(DIMS), vocabulary), Learning(), [(Corpus("x"), [Labelled(x, (1,)) for x in one])], {}, seed=0)
     assert not np.array_equal(task._sound(one[3]), task._sound(two[3])) and np.array_equal(task._sound(one[3]), task._sound(one[3]))
+
+
+def test_what_is_easy_comes_first(data: Path, tmp_path: Path) -> None:
+    items = [Labelled(x, (1,)) for x in open_source(data).utterances]
+    corpora = [(Corpus("hard", begin=1), items[:6]), (Corpus("easy"), items[6:])]
+    model = CtcModel(ConformerEncoder(DIMS), _units(data, tmp_path))
+    task = AsrTask(model, Learning(batch_seconds=4.0, rising=1), corpora, {}, seed=0)
+    heard = [[micro for update in task.plan(epoch, 1) for micro in update] for epoch in (0, 1)]
+    assert [{x.corpus for micro in epoch for x in micro} for epoch in heard] == [{1}, {0, 1}]
+    longest = [[max(x.item.seconds / task._speed(x, n) for x in micro) for micro in epoch] for n, epoch in enumerate(heard)]
+    assert len(longest[0]) > 3 and longest[0] == sorted(longest[0]) and longest[1] != sorted(longest[1])
 
 
 def test_what_cannot_be_read_is_left_out_and_too_much_of_it_stops(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
