@@ -34,7 +34,7 @@ from duolect.search.fusion import Fused
 from duolect.search.label import label_beam_search
 from duolect.search.prefix import CtcPrefix
 from duolect.vocabulary import CharacterVocabulary, SentencePieceVocabulary, TokenizerVocabulary
-from tests.conftest import WORDS, byte_level, sentence_pieces, tiny_lm
+from tests.conftest import WORDS, byte_level, bytes_in, sentence_pieces, tiny_lm
 from tests.models.test_attention_decoder import noise
 from tests.oracles import lm_from_scratch
 
@@ -265,6 +265,17 @@ def test_the_beam_shares_the_audio(how: str) -> None:
     assert counted[1:] == [8]
     assert all(layer.keys.shape[0] == 2 and layer.filled == after.trie.size for layer in after.trie.cache.layers)
     assert [len(k) for k, _ in scorer.heard] == ([2] * len(model.layers) if how == "cross" else [])
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("how", HOW)
+def test_what_will_be_held_is_known_before(how: str, adapter: str) -> None:
+    model = tiny(adapter=ADAPTERS[adapter], **HOW[how], **PROMPTS)
+    scorer = model.scorer(AUDIOS[1:2])
+    _, state = scorer.advance(scorer.start(1), torch.tensor([[5, 6, 7]]), torch.tensor([3]))
+    held = bytes_in(state.trie.cache) + sum(x.nbytes for pair in scorer.heard for x in pair)
+    planned = model.bytes_of(seconds=1.3, labels=3)
+    assert planned == held if adapter in ("concat", "conv") else planned >= held
 
 
 @pytest.mark.parametrize("how", HOW)

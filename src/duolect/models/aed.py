@@ -5,6 +5,7 @@ Their decoders attend to the audio and are otherwise causal language models.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from duolect.models.cache import Trie
 from duolect.models.ctc import CtcModel, FolderModel, Heads, kind_of, load_weights, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.encoders import Encoded, Encoder, frame_mask
-from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, run_packed, use_packed_attention
+from duolect.models.packed import NewNodes, NodeLayer, bytes_per_position, node_cache, packing, run_packed, use_packed_attention
 from duolect.models.windows import Windowing
 from duolect.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
 
@@ -45,6 +46,10 @@ class AttentionModel(ABC):
     @abstractmethod
     def scorer(self, audios: Sequence[np.ndarray]) -> DecoderScorer:
         """log p(labels | audio) for a batch of samples [N], float32 mono 16 kHz; ModelError where one is longer than the model hears."""
+
+    @abstractmethod
+    def bytes_of(self, *, seconds: float, labels: int) -> int:
+        """Bytes of the keys and values of audio of so many seconds and so many labels, those of a beam's hypotheses together."""
 
     @abstractmethod
     def internal(self, rows: int) -> DecoderScorer:
@@ -123,6 +128,10 @@ class AedModel(FolderModel, AttentionModel):
         return AedScorer(
             self, encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds, dtype=self.decoder.embedding.weight.dtype)
         )
+
+    def bytes_of(self, *, seconds: float, labels: int) -> int:
+        dims, frames = self.decoder.dims, math.ceil(seconds / self.ctc.encoder.seconds_per_frame)
+        return 2 * dims.layers * dims.dim * self.decoder.embedding.weight.dtype.itemsize * (frames + 1 + labels)
 
     @torch.no_grad()
     def internal(self, rows: int) -> AedScorer:
@@ -215,6 +224,10 @@ class WhisperAed(AttentionModel):
         padded = [torch.nn.functional.pad(torch.from_numpy(a), (0, size - len(a))).to(weight.device) for a in audios]
         features = torch.stack([whisper_log_mel(a, mels=mels) for a in padded]).transpose(1, 2).to(weight.dtype)
         return WhisperScorer(self, self.model.model.encoder(features).last_hidden_state)
+
+    def bytes_of(self, *, seconds: float, labels: int) -> int:
+        positions = self.model.config.max_source_positions + len(self.prompt) + labels  # whatever the seconds
+        return bytes_per_position(self.model.config, self.output.weight.dtype) * positions
 
     @torch.no_grad()
     def internal(self, rows: int) -> WhisperScorer:

@@ -9,6 +9,7 @@ Legend: B utterances, L text positions, T audio positions, W width, H heads, S h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from duolect.models.encoders import frame_mask
 from duolect.models.finetuned import let_learn
 from duolect.models.lm import HFCausalLM, load_language_model, longest_history, output_layer, require_positions
 from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
-from duolect.models.packed import NewNodes, node_cache, packing, run_packed
+from duolect.models.packed import NewNodes, bytes_per_position, node_cache, packing, run_packed
 from duolect.models.rehead import Initial, label_embeddings, rehead, tied_name
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 
@@ -233,6 +234,14 @@ class SpeechLlm(FolderModel, AttentionModel):
         encoded = encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds)
         audio, lengths = self.adapter(encoded, self.ctc.of_encoded(encoded).main, self.embeddings)
         return SpeechLlmScorer(self, audio.to(self.embeddings.weight.dtype), lengths)
+
+    def bytes_of(self, *, seconds: float, labels: int) -> int:
+        dtype, text = self.embeddings.weight.dtype, sum(len(x) for x in self.prompts) + 1 + labels
+        audio = self.adapter.positions(math.ceil(seconds / self.ctc.encoder.seconds_per_frame))
+        each = bytes_per_position(self.llm.config, dtype)
+        if self.dims.attention != "cross":
+            return each * (audio + text)
+        return each * text + 2 * len(self.cross) * self.embeddings.embedding_dim * dtype.itemsize * audio
 
     @torch.no_grad()
     def internal(self, rows: int) -> SpeechLlmScorer:
