@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import shutil
@@ -190,11 +191,11 @@ def padded(labels: Sequence[Sequence[int]], *, value: int = 3) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=torch.long) for x in labels], batch_first=True, padding_value=value)
 
 
-def forward(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Sequence[int]]) -> AedOutput:
+def forward(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Sequence[int]], **told: Any) -> AedOutput:
     """A training pass; beyond the lengths lies noise."""
     features = [model.ctc.encoder.features(torch.from_numpy(a)) for a in audios]
     joined = nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=7.0)
-    return model(joined, torch.tensor([len(x) for x in features]), padded(labels), torch.tensor([len(x) for x in labels]))
+    return model(joined, torch.tensor([len(x) for x in features]), padded(labels), torch.tensor([len(x) for x in labels]), **told)
 
 
 @pytest.mark.parametrize(("adapter", "units"), [("concat", "ctc"), ("conv", "own"), ("ctc", "own"), ("words", "own")])
@@ -223,6 +224,30 @@ def test_training_and_search_step_by_step_are_one_plain_forward(kind: str, how: 
         for row, i in enumerate(owner):
             assert float(gained[row]) == pytest.approx(float(wanted[i][step]) if active[row] else 0.0, abs=2e-4)
     torch.testing.assert_close(scorer.log_probs(state)[0], plain(model, sounds[1], labels[1])[-1], atol=3e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_context_words_stand_in_the_prompts_as_if_they_had_been_written_there(kind: str, how: str) -> None:
+    model = trained(tiny(kind, before="ab {context} b", after="ba {context}", **HOW[how]))
+    labels, eos, context = texts_of(model), model.vocabulary.eos, [("Abba b", "bab"), ("ab",), ()]
+    written = [("ab abba b, bab b", "ba abba b, bab"), ("ab ab b", "ba ab"), ("ab  b", "ba ")]
+    literal = [copy.copy(model) for _ in written]
+    for one, (before, after) in zip(literal, written, strict=True):
+        one.dims = replace(model.dims, before=before, after=after)
+    wanted = [chosen(plain(m, sound_of(model, x), y), y, eos) for m, x, y in zip(literal, AUDIOS, labels, strict=True)]
+    with torch.no_grad():
+        out = forward(model, AUDIOS, labels, context=context)
+        own, none = forward(model, AUDIOS, labels), forward(model, AUDIOS, labels, context=[()] * 3)
+    torch.testing.assert_close(own.logits, none.logits, atol=0, rtol=0)
+    for b, y in enumerate(labels):
+        torch.testing.assert_close(chosen(out.logits[b].log_softmax(-1)[: len(y) + 1], y, eos), wanted[b], atol=2e-4, rtol=1e-4)
+    for words, one in zip(context, literal, strict=True):  # the same words for a whole batch
+        found, told = [score_of(one, sound_of(model, x), y) for x, y in zip(AUDIOS, labels, strict=True)], model.told(words)
+        assert scores(told, AUDIOS, labels).tolist() == pytest.approx(found, abs=5e-4) and told.takes_context
+    assert model.prompts == model.prompts_with(()) and not tiny(**PROMPTS).takes_context
+    with pytest.raises(ModelError, match=r"longer than the 256 .* fewer context words"):
+        model.told(["abba"] * 200)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

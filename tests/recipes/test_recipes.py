@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -296,6 +297,41 @@ def test_kept_frames_of_a_speech_llm_are_those_of_the_whole_model(data: Path, pa
     torch.nn.init.normal_(model.adapter.linear.weight)
     found = kept_and_computed(model, data, "ce")
     assert found == pytest.approx([found[0]] * 4, rel=1e-3)
+
+
+def test_context_words_are_drawn_anew_in_each_epoch_and_heard(data: Path, parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duolect.train.asr.CONTEXT_LETTERS", 3)
+    llm, vocabulary = load_language_model(parts["llm"])
+    model = SpeechLlm(CtcModel.load(parts["ctc"]), llm, vocabulary, SpeechLlmDims(before="the {context} that", encoder="rest")).eval()
+    items = usable(open_source(data).utterances, model.ctc.vocabulary, seconds_per_frame=0.04).items
+    task = AsrTask(model, Learning(batch_seconds=8.0), [(Corpus("x", augment=Augmentation((1.0,), 0.0, spec=None)), items)], {}, seed=0)
+    known, drawn = {x for x in " ".join(TEXTS).split() if len(x) > 2}, []
+    for epoch in range(12):
+        for micro in (update[0] for update in task.plan(epoch, 1)):
+            batch, again = (task.load(micro, Place(epoch=epoch)) for _ in range(2))
+            assert batch and again and batch.context == again.context and len(batch.context) == len(micro)
+            drawn += [
+                (heard.item.utterance.id, set((heard.item.utterance.text or "").split()), x)
+                for heard, x in zip(micro, batch.context, strict=True)
+            ]
+    assert len({x for i, _, x in drawn if i == "3"}) > 6, "other ones in other epochs"
+    assert all(len(set(x)) == len(x) <= 13 and set(x) <= known for _, _, x in drawn)
+    assert 0.2 < sum(not x for _, _, x in drawn) / len(drawn) < 0.4
+    assert sum(bool(own & set(x)) for _, own, x in drawn) > sum(bool(drawn[i - 7][1] & set(x)) for i, (_, _, x) in enumerate(drawn))
+    batch = task.load(task.plan(0, 1)[0][0], Place())
+    assert batch and any(batch.context)
+    alone = 0.0
+    for heard, words in zip(task.plan(0, 1)[0][0], batch.context, strict=True):
+        fixed = replace(model.dims, before=f"the {', '.join(words)} that")
+        task.model = task._network = copy.copy(model)
+        task.model.dims, task.model.takes_context = fixed, False
+        task.model.prompts = task.model.prompts_with(())
+        one = task.load([heard], Place())
+        assert one and not one.context
+        alone += float(task.losses(one)["ce"].detach())
+    task.model = task._network = model
+    assert float(task.losses(batch)["ce"].detach()) == pytest.approx(alone, rel=1e-4)
+    assert float(task.losses(replace(batch, context=()))["ce"].detach()) != pytest.approx(alone, rel=1e-3)
 
 
 def test_segmentations_are_drawn_anew_each_epoch(data: Path, tmp_path: Path) -> None:

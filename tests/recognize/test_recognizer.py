@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -69,6 +70,21 @@ def test_each_named_decoding_gives_the_same_in_any_batch(zoo, models, name):
         for h, g in zip(a.nbest, b.nbest, strict=True):
             assert dict(h.parts) == pytest.approx(dict(g.parts), abs=1e-3)
             assert set(h.parts) == set(scales)
+
+
+@pytest.mark.parametrize("name", ["sllm", "sllm-draft", "sllm+ctc-time"])
+def test_phrases_that_are_expected_stand_in_the_prompt_of_a_speech_llm(zoo, models, tmp_path, name):
+    """As if they had been written there by hand; a model without a place for them hears nothing of them."""
+    x = ingredients(zoo)
+    model, found = models.attention(x.speech_llm), []
+    for before, context in (("ab {context}", {"Bab": 1.0, "bb a": 2.0}), ("ab bab, bb a", {}), ("ab ", {}), ("ab ", {"Bab": 1.0})):
+        model.dims = replace(model.dims, before=before)
+        model.save(tmp_path / before, card="", dtype=torch.float32)
+        decoding = decoding_of(name, replace(x, speech_llm=str(tmp_path / before), context=context, context_scale=0.0))
+        assert "context" not in decoding.terms, "the prompt alone"
+        lines = recognized(Recognizer(models, str(zoo["am"]), {name: decoding}), zoo, name)
+        found.append([[(h.labels, round(h.parts["sllm"], 3)) for h in line.nbest] for line in lines])
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 @pytest.mark.parametrize("name", ["sllm", "aed+ctc-label", "rescore", "delayed-prior", "sllm-draft"])

@@ -38,10 +38,15 @@ ENGLISH_ONLY_ROWS = 51864
 
 
 class AttentionModel(ABC):
-    """A decoder that hears: it makes one Scorer per batch of audio. written: how its text looks."""
+    """A decoder that hears: it makes one Scorer per batch of audio. written: how its text looks. takes_context: see `told`."""
 
     vocabulary: Vocabulary
+    takes_context: bool = False
     written: Literal["sentence", "lower"] = "sentence"
+
+    def told(self, words: Sequence[str]) -> AttentionModel:
+        """The model with words and phrases that may come, which it reads where it takes context; it shares the weights. ModelError."""
+        return self
 
     @abstractmethod
     def scorer(self, audios: Sequence[np.ndarray]) -> DecoderScorer:

@@ -117,7 +117,7 @@ def require_positions(count: int, most: int) -> None:
     if count > most:
         raise ModelError(
             f"a history of {count} positions is longer than the {most} that the language model attends to: split audio or text into "
-            "shorter pieces (in a speech LLM, an adapter of a larger factor also helps)"
+            "shorter pieces (in a speech LLM, an adapter of a larger factor or fewer context words also help)"
         )
 
 

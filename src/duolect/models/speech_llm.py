@@ -9,6 +9,7 @@ Legend: B utterances, L text positions, T audio positions, W width, H heads, S h
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,14 +40,19 @@ from duolect.models.packed import NewNodes, bytes_per_position, node_cache, pack
 from duolect.models.rehead import Initial, label_embeddings, rehead, tied_name
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 
+CONTEXT = "{context}"
+Contexts = Sequence[Sequence[str]]
+"""Words that may come, by utterance."""
+
 
 @registered
 @dataclass(frozen=True)
 class SpeechLlmDims:
     """How the language model hears and what of it learns.
 
-    before, after: prompts around the audio. begin: the text, of one label, that a transcript begins with in place of the model's bos, which
-    some models look across as little as across the end of a document. bidirectional: audio positions see each other in both directions
+    before, after: prompts around the audio; `{context}` in them stands for words that may come, with commas (training draws them from the
+    transcripts). begin: the text, of one label, that a transcript begins with in place of the model's bos, which some models look across
+    as little as across the end of a document. bidirectional: audio positions see each other in both directions
     (prefix only). encoder: whether the CTC model learns, with low-rank paths in its encoder, or rests. learns: of the language model:
     `all`, low-rank paths (`lora`) or `nothing` but what was added to it; embeddings: whether its embeddings may learn. units: its own
     labels, or those of the CTC head with new embeddings (see rehead). pretrained: false for random weights. recompute: activations are
@@ -132,7 +138,18 @@ class SpeechLlm(FolderModel, AttentionModel):
         if len(begin) != 1:
             raise ModelError(f"begin={dims.begin!r} is {len(begin)} labels of the language model, expected one, such as a line break")
         self.begin = begin[0]
-        self.prompts = [vocabulary.encode(text) if text.strip() else [] for text in (dims.before, dims.after)]
+        self.prompts, self.takes_context = self.prompts_with(()), CONTEXT in dims.before + dims.after
+
+    def prompts_with(self, words: Sequence[str]) -> list[list[int]]:
+        """The labels of the prompts before and after the audio, with words that may come where they have a place for them."""
+        texts = (x.replace(CONTEXT, ", ".join(words).lower()) for x in (self.dims.before, self.dims.after))
+        return [self.vocabulary.encode(text) if text.strip() else [] for text in texts]
+
+    def told(self, words: Sequence[str]) -> SpeechLlm:
+        model = copy.copy(self)
+        model.prompts = self.prompts_with(words)
+        require_positions(sum(map(len, model.prompts)), self.longest)
+        return model
 
     def train(self, mode: bool = True) -> SpeechLlm:
         super().train(mode)
@@ -158,67 +175,64 @@ class SpeechLlm(FolderModel, AttentionModel):
         """The language model's input embeddings."""
         return self.llm.get_input_embeddings()  # pyright: ignore[reportReturnType]
 
-    def forward(self, features: Tensor, lengths: Tensor, labels: Tensor, sizes: Tensor, *, hidden: Tensor | None = None) -> AedOutput:
-        """All outputs for features [B, F, mels] and labels [B, L], of which sizes [B] are real, from one encoder pass."""
-        return self.of_heads(self.ctc.heads(features, lengths, hidden=hidden), labels, sizes)
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        labels: Tensor,
+        sizes: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        context: Contexts = (),
+    ) -> AedOutput:
+        """All outputs for features [B, F, mels] and labels [B, L], of which sizes [B] are real, from one encoder pass; context: words for
+        the prompts of each utterance, () for the model's own."""
+        return self.of_heads(self.ctc.heads(features, lengths, hidden=hidden), labels, sizes, context=context)
 
-    def of_heads(self, heads: Heads, labels: Tensor, sizes: Tensor) -> AedOutput:
+    def of_heads(self, heads: Heads, labels: Tensor, sizes: Tensor, *, context: Contexts = ()) -> AedOutput:
         """The same behind an encoder pass that was made before."""
         audio, lengths = self.adapter(heads.encoded, heads.main, self.embeddings)
         history, targets = histories(labels, sizes, bos=self.begin, eos=self.vocabulary.eos)
-        decoded = self.hidden(audio.to(self.embeddings.weight.dtype), lengths, history)
+        decoded = self.hidden(audio.to(self.embeddings.weight.dtype), lengths, history, context=context)
         return AedOutput(heads, output_layer(self.llm, self.vocabulary)(decoded), {}, targets)
 
-    def hidden(self, audio: Tensor, lengths: Tensor, history: Tensor) -> Tensor:
+    def hidden(self, audio: Tensor, lengths: Tensor, history: Tensor, *, context: Contexts = ()) -> Tensor:
         """[B, L, W] last hidden states behind histories [B, L] that begin with bos, after prompts and audio [B, T, W], lengths [B]."""
-        (before, after), rows = (self._prompt(x, len(audio)) for x in self.prompts), len(audio)
-        if self.dims.attention == "prefix":
-            text = torch.cat([after, self.embeddings(history)], 1)
-            parts = [torch.cat([before[b], audio[b, : int(n)], text[b]]) for b, n in enumerate(lengths)]
-            first = before.shape[1] + lengths + after.shape[1]
-            joined = nn.utils.rnn.pad_sequence(parts, batch_first=True)
-            require_positions(joined.shape[1], self.longest)
-            mask = self._both_ways(lengths, joined.shape[1]) if self.dims.bidirectional else None
-            out = self.decoder(inputs_embeds=joined, attention_mask=mask, use_cache=False).last_hidden_state
-            place = first[:, None] + torch.arange(history.shape[1], device=history.device)
-            return out[torch.arange(rows, device=out.device)[:, None], place]
-        text = torch.cat([before, after, self.embeddings(history)], 1)
-        behind = before.shape[1] + after.shape[1]
+        prompts = [self.prompts_with(words) for words in context] or [self.prompts] * len(audio)
+        ids = [[torch.tensor(x, dtype=torch.long, device=audio.device) for x in prompt] for prompt in prompts]
+        among = lengths if self.dims.attention == "prefix" else torch.zeros_like(lengths)  # audio positions among the text's
+        parts = [
+            torch.cat([self.embeddings(before), sound[: int(n)], self.embeddings(after), text])
+            for (before, after), sound, n, text in zip(ids, audio, among, self.embeddings(history), strict=True)
+        ]
+        joined = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        begin, behind = lengths.new_tensor([[len(x) for x in prompt] for prompt in prompts]).unbind(1)
+        places, options = torch.arange(joined.shape[1], device=audio.device)[None], dict[str, Any]()
+        later = (places >= begin[:, None]).long()  # than where audio begins
         if self.dims.attention == "cross":
-            heard = Heard(self.heard(audio), frame_mask(lengths, audio.shape[1])[:, None, None])
-            return self.decoder(inputs_embeds=text, use_cache=False, heard=heard).last_hidden_state[:, behind:]
-        places = torch.arange(text.shape[1], device=text.device)[None]
-        seen = (places >= before.shape[1])[..., None] & frame_mask(lengths, audio.shape[1])[:, None]
-        causal = (places <= places.T).expand(rows, -1, -1)
-        cache = DynamicCache()
-        heard = before.shape[1] + torch.arange(audio.shape[1], device=text.device)[None]
-        for number, (key, value) in enumerate(self.keys_values(audio, heard)):
-            cache.update(key, value, number)
-        out = self.decoder(
-            inputs_embeds=text,
-            attention_mask=_additive(torch.cat([seen, causal], 2), text.dtype),
-            position_ids=places + torch.where(places >= before.shape[1], lengths[:, None], 0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state[:, behind:]
+            options["heard"] = Heard(self.heard(audio), frame_mask(lengths, audio.shape[1])[:, None, None])
+        elif self.dims.attention == "merged":
+            cache, options["position_ids"] = DynamicCache(), places + later * lengths[:, None]
+            sounds = torch.arange(audio.shape[1], device=audio.device)[None]
+            for number, (key, value) in enumerate(self.keys_values(audio, begin[:, None] + sounds)):
+                cache.update(key, value, number)
+            seen = (later > 0)[..., None] & frame_mask(lengths, audio.shape[1])[:, None]
+            causal = (places <= places.T).expand(len(audio), -1, -1)
+            options |= {"attention_mask": _additive(torch.cat([seen, causal], 2), joined.dtype), "past_key_values": cache}
+        elif self.dims.bidirectional:
+            inside = later.bool() & (places < (begin + lengths)[:, None])
+            options["attention_mask"] = _additive((places <= places.T) | (inside[:, :, None] & inside[:, None]), joined.dtype)
+        require_positions(int(options.get("position_ids", places).max()) + 1, self.longest)
+        out = self.decoder(inputs_embeds=joined, use_cache=self.dims.attention == "merged", **options).last_hidden_state
+        place = (begin + among + behind)[:, None] + torch.arange(history.shape[1], device=audio.device)
+        return out[torch.arange(len(audio), device=out.device)[:, None], place]
 
     def heard(self, audio: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of audio [B, T, W] for the added layers, where there are any."""
         return [cross.heard(audio) for cross in self.cross]  # pyright: ignore[reportCallIssue]
 
-    def _prompt(self, labels: Sequence[int], rows: int) -> Tensor:
-        index = torch.tensor(labels, dtype=torch.long, device=self.embeddings.weight.device)
-        return self.embeddings(index)[None].expand(rows, -1, -1)
-
-    def _both_ways(self, lengths: Tensor, size: int) -> Tensor:
-        """[B, 1, S, S] additive mask: causal, and audio sees all audio."""
-        place, begin = torch.arange(size, device=lengths.device), len(self.prompts[0])
-        audio = (place >= begin) & (place < begin + lengths[:, None])
-        return _additive((place[:, None] >= place) | (audio[:, :, None] & audio[:, None]), self.embeddings.weight.dtype)
-
     def keys_values(self, audio: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values [B, H, T, S] of audio [B, T, W] at positions [1, T], layer by layer, by the layers' own norms and projections."""
+        """Keys and values [B, H, T, S] of audio [B, T, W] at positions [B, T], layer by layer, by the layers' own norms and projections."""
         turn = getattr(self.decoder, "rotary_emb", None)
         angles = None if turn is None else turn(audio, position_ids=positions)
         for layer in self.layers:

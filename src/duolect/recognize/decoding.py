@@ -206,25 +206,29 @@ class Language(Term):
 @registered
 @dataclass(frozen=True)
 class Attention(Term):
-    """A model that hears the audio itself: an attention encoder-decoder, a speech LLM. policy: None for the spelling it was trained on."""
+    """A model that hears the audio itself: an attention encoder-decoder, a speech LLM. policy: None for the spelling it was trained on.
+
+    context: words and phrases that may come, for a model that reads them in its prompt.
+    """
 
     model: str
     scale: float = 1.0
     when: Schedule = field(default_factory=EveryLabel)
     policy: TextPolicy | None = None
+    context: tuple[str, ...] = ()
 
     def spelling(self, batch: Batch) -> TextPolicy:
         return self.policy or WRITTEN[batch.models.attention(self.model).written]
 
     def load(self, models: Models, acoustic: str) -> None:
-        models.attention(self.model)
+        models.attention(self.model).told(self.context)
 
     def bytes_of(self, models: Models, acoustic: str, *, seconds: float, labels: int) -> int:
-        return models.attention(self.model).bytes_of(seconds=seconds, labels=labels)
+        return models.attention(self.model).told(self.context).bytes_of(seconds=seconds, labels=labels)
 
     def native(self, batch: Batch) -> Scorer[Any]:
-        aed = batch.models.attention(self.model)
-        return batch.shared(self.model, lambda: aed.scorer(batch.audios))
+        aed = batch.models.attention(self.model).told(self.context)
+        return batch.shared(f"{self.model} {self.context}", lambda: aed.scorer(batch.audios))
 
 
 @registered

@@ -38,6 +38,9 @@ from duolect.vocabulary import Vocabulary
 CHECK_SECONDS = 60.0  # of padded audio in a batch of validation
 MOST_UNREADABLE = 0.05  # share of the utterances, above which training stops
 KEPT_HOURS = 40.0  # of audio that is held decoded in memory (16 bit: 115 MB an hour), so that a small corpus is decoded once
+NO_CONTEXT = 0.25  # share of the utterances whose prompt names no words
+OWN_WORDS, OTHER_WORDS = 3, 10  # of the transcript and of other utterances, at most, in a prompt
+CONTEXT_LETTERS = 4  # of a word there, at least
 
 Recording = tuple[Path, "tuple[int, int] | None"]
 
@@ -88,6 +91,7 @@ class AsrBatch(Batch):
     labels: Mapping[str, Tensor]
     label_sizes: Mapping[str, Tensor]
     kept: bool = False
+    context: tuple[tuple[str, ...], ...] = ()  # words for the prompt of each utterance, or nothing
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -168,11 +172,29 @@ class AsrTask(Task[Heard, AsrBatch]):
         return [items[i] for i in sub_epoch(shards, index=epoch, parts=corpus.parts, seed=self.seed)]
 
     def load(self, items: Sequence[Heard], place: Place) -> AsrBatch | None:
-        rows = [row for x in items if (row := self._row(x, place)) is not None]
+        rows = [(*row, self._context(x, place.epoch)) for x in items if (row := self._row(x, place)) is not None]
         if not rows:
             return None
-        sounds, hidden, labelled = zip(*rows, strict=True)
-        return self._batch(sounds, hidden, [self._resegmented(x, place.epoch) for x in labelled])
+        sounds, hidden, labelled, context = zip(*rows, strict=True)
+        batch = self._batch(sounds, hidden, [self._resegmented(x, place.epoch) for x in labelled])
+        return replace(batch, context=context if isinstance(self.model, SpeechLlm) and self.model.takes_context else ())
+
+    def _context(self, heard: Heard, epoch: int) -> tuple[str, ...]:
+        """Words for a prompt, drawn anew in each epoch: for half of the utterances some of their own, and one each of others of the corpus.
+
+        Of NO_CONTEXT there are none at all. As in CLAS (arXiv 1808.02480), but without short words, which nobody lists.
+        """
+        random, others = random_for(self.seed, epoch, heard.item.utterance.id, "context"), self.corpora[heard.corpus][1]
+        if random.random() < NO_CONTEXT:
+            return ()
+        drawn = [(heard.item, int(random.integers(0, 2) * random.integers(1, OWN_WORDS + 1)))]
+        drawn += [(others[i], 1) for i in random.integers(0, len(others), random.integers(0, OTHER_WORDS + 1))]
+        found: list[str] = []
+        for item, most in drawn:
+            words = sorted({word for word in self._text(item).split() if len(word) >= CONTEXT_LETTERS})
+            found += [words[i] for i in random.permutation(len(words))[:most]]
+        found = list(dict.fromkeys(found))
+        return tuple(found[i] for i in random.permutation(len(found)))
 
     def _resegmented(self, item: Labelled, epoch: int) -> Labelled:
         if self._sampler is None:
@@ -286,14 +308,15 @@ class AsrTask(Task[Heard, AsrBatch]):
         """(sums of the losses, the main head's output)."""
         labels, sizes = batch.labels, batch.label_sizes
         losses: dict[str, Tensor] = {}
+        told = {"context": batch.context} if batch.context else {}
         if isinstance(self.model, CtcModel):
             heads = self._from_frames(batch) if batch.kept else self.network(**self._features(batch))
         else:
             if batch.kept:
                 assert isinstance(self.model, SpeechLlm)
-                output = self.model.of_heads(self._from_frames(batch), labels["ce"], sizes["ce"])
+                output = self.model.of_heads(self._from_frames(batch), labels["ce"], sizes["ce"], **told)
             else:
-                output = self.network(**self._features(batch), labels=labels["ce"], sizes=sizes["ce"])
+                output = self.network(**self._features(batch), labels=labels["ce"], sizes=sizes["ce"], **told)
             heads, smoothing = output.heads, self.learning.smoothing
             losses["ce"] = smoothed_cross_entropy(output.logits, output.targets, smoothing=smoothing)
             for n, logits in output.aux.items():
