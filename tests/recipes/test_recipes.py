@@ -21,6 +21,7 @@ from duolect.config import digest, from_json, to_json, with_overrides
 from duolect.data.filter import DataError, Labelled, usable
 from duolect.data.pieces import train_pieces
 from duolect.data.sources import open_source
+from duolect.data.utterance import load_audio
 from duolect.models.adapters import AdapterDims
 from duolect.models.aed import AedModel, load_attention_model
 from duolect.models.attention_decoder import DecoderDims
@@ -171,7 +172,13 @@ def test_a_speech_llm_on_kept_frames_goes_on_to_the_bit_and_holds_what_learned(
 ) -> None:
     made = replace(speech_llm(data, parts, encoder="rest"), learning=Learning(batch_seconds=8.0, decoder_check=3, kept_versions=2))
     figures = straight_and_resumed(made, tmp_path, monkeypatch)
-    assert figures.keys() == {"dev WER", "dev ce", "dev decoder WER", "dev runaway", "held-out WER", "held-out ce"}
+    assert figures.keys() == {
+        "dev WER",
+        "dev ce",
+        "held-out WER",
+        "held-out ce",
+        *(f"dev {x}" for x in ("decoder WER", "runaway", "attention on audio")),
+    }
     folder = tmp_path / "straight" / "model"
     stored = load_file(folder / "model.safetensors")
     assert {name for name in stored if not name.startswith("adapter.")} == {
@@ -415,3 +422,29 @@ def test_kept_frames_do_not_go_with_workers(data: Path, tmp_path: Path) -> None:
     made = experiment(data, learning=Learning(kept_versions=1), training=replace(QUICK, workers=2))
     with pytest.raises(TrainError, match=r"set training\.workers=0"):
         run(made, tmp_path / "out", world=World())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["prefix", "merged", "cross"])
+def test_validation_of_a_speech_llm_tells_how_much_it_attends_to_audio(data: Path, parts: dict[str, Path], attention: Any) -> None:
+    llm, vocabulary = load_language_model(parts["llm"])
+    dims = SpeechLlmDims(attention=attention, before="the", encoder="rest")
+    model = SpeechLlm(CtcModel.load(parts["ctc"]), llm, vocabulary, dims).eval()
+    items = usable(open_source(data).utterances, model.ctc.vocabulary, seconds_per_frame=0.04).items[:3]
+    task = AsrTask(model, Learning(decoder_check=3), [], {"dev": items}, seed=0)
+    whole = task.validate(0, 1)
+    if attention == "cross":
+        assert "dev attention on audio" not in whole
+        return
+    # Where keys are all the same, every position that is seen gets as much.
+    for layer in model.layers:
+        layer.self_attn.k_proj.weight.data.zero_()  # type: ignore[union-attr]
+    even, shares = task.validate(0, 1)["dev attention on audio"], []
+    for item in items:
+        text = len(vocabulary.encode(item.utterance.text or "")) + 1
+        audio, before = int(model.scorer([load_audio(item.utterance)]).lengths[0]), len(model.prompts[0])
+        shares.append(np.mean([audio / (before + audio + seen) for seen in range(1, text + 1)]))
+    assert even.value == pytest.approx(100 * np.mean(shares), rel=1e-4) and even.count == 3
+    assert whole["dev attention on audio"].value != pytest.approx(even.value, rel=1e-3)
+    halves = [task.validate(rank, 2)["dev attention on audio"] for rank in (0, 1)]
+    assert sum(x.sum for x in halves) == pytest.approx(even.sum) and sum(x.count for x in halves) == 3

@@ -23,6 +23,7 @@ from duolect.data.pieces import SubwordSampler
 from duolect.data.utterance import Utterance, load_audio
 from duolect.models.aed import AedModel
 from duolect.models.attention_decoder import smoothed_cross_entropy
+from duolect.models.attention_maps import attention_maps
 from duolect.models.ctc import CtcModel, CtcOutput, Heads
 from duolect.models.encoders import Encoded, Encoder
 from duolect.models.extended import ExtendedEncoder
@@ -40,6 +41,7 @@ MOST_UNREADABLE = 0.05  # share of the utterances, above which training stops
 KEPT_HOURS = 40.0  # of audio that is held decoded in memory (16 bit: 115 MB an hour), so that a small corpus is decoded once
 NO_CONTEXT = 0.25  # share of the utterances whose prompt names no words
 OWN_WORDS, OTHER_WORDS = 3, 10  # of the transcript and of other utterances, at most, in a prompt
+LOOKED_AT = 8  # utterances of a validation whose attention is looked at
 CONTEXT_LETTERS = 4  # of a word there, at least
 
 Recording = tuple[Path, "tuple[int, int] | None"]
@@ -355,9 +357,22 @@ class AsrTask(Task[Heard, AsrBatch]):
                 found = self._attended(sounds)
                 heard = {f"{name} decoder WER": errors([text for text, _ in found], few)}
                 heard[f"{name} runaway"] = Ratio(sum(ran for _, ran in found), len(found), "percent")
+                if isinstance(self.model, SpeechLlm) and (looks := self._looks(self.model, few[:LOOKED_AT], sounds)):
+                    heard[f"{name} attention on audio"] = Ratio(sum(looks), len(looks), "percent")
                 # The first figure decides what is best, and the CTC model of a speech LLM may rest.
                 figures = {**heard, **figures} if isinstance(self.model, SpeechLlm) else {**figures, **heard}
         return figures
+
+    def _looks(self, model: SpeechLlm, items: Sequence[Labelled], sounds: Sequence[np.ndarray]) -> list[float]:
+        """Share of attention on audio where a label of each transcript is predicted, mean over layers and heads; nothing for added layers.
+
+        The very first position is left out: there attention rests that is of no use elsewhere, and without a prompt it is audio.
+        """
+        if model.dims.attention == "cross":  # which see nothing else
+            return []
+        pairs = zip(items, sounds, strict=False)
+        maps = (attention_maps(model, audio=sound, labels=model.vocabulary.encode(self._text(item))) for item, sound in pairs)
+        return [float(x.audio_mass(skip=1).mean()) for x in maps]
 
     def _check(self, items: Sequence[Labelled]) -> dict[str, Ratio]:
         """WER of the main head, greedy, and the losses, on one batch; what cannot be read is left out."""
