@@ -18,7 +18,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    GlmConfig,
+    Olmo2Config,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    StableLmConfig,
+)
 
 from duolect.models import ModelError
 from duolect.models import decoder as decoder_module
@@ -185,6 +196,9 @@ def test_more_positions_than_the_language_model_has_are_refused(kind: str) -> No
         model.scorer([noise(25.0, 1)]).start(1)
     with pytest.raises(ModelError, match="longer than the 256"):
         model.hidden(torch.zeros(1, 250, 16), torch.tensor([250]), torch.ones(1, 9, dtype=torch.long))
+    for how, (audio, labels) in {"merged": (250, 9), "cross": (9, 257)}.items():  # of added layers audio has no positions
+        with pytest.raises(ModelError, match=r"25[79] positions is longer than the 256"), torch.no_grad():
+            tiny(kind, attention=how).hidden(torch.zeros(1, audio, 16), torch.tensor([audio]), torch.ones(1, labels, dtype=torch.long))
 
 
 def padded(labels: Sequence[Sequence[int]], *, value: int = 3) -> Tensor:
@@ -196,6 +210,13 @@ def forward(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Seq
     features = [model.ctc.encoder.features(torch.from_numpy(a)) for a in audios]
     joined = nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=7.0)
     return model(joined, torch.tensor([len(x) for x in features]), padded(labels), torch.tensor([len(x) for x in labels]), **told)
+
+
+@torch.no_grad()
+def in_training(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Sequence[int]]) -> list[float]:
+    """log p(labels, end | audio) of each utterance by a training pass."""
+    eos, logits = model.vocabulary.eos, forward(model, audios, labels).logits
+    return [float(chosen(x.log_softmax(-1)[: len(y) + 1], y, eos).sum()) for x, y in zip(logits, labels, strict=True)]
 
 
 @pytest.mark.parametrize(("adapter", "units"), [("concat", "ctc"), ("conv", "own"), ("ctc", "own"), ("words", "own")])
@@ -638,6 +659,33 @@ def test_what_cannot_be_built_or_heard_is_refused(tmp_path: Path) -> None:
         SpeechLlm.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [(PhiConfig, False), (CohereConfig, False), (GlmConfig, False), (Olmo2Config, False), (StableLmConfig, False), (Qwen3Config, True)],
+)
+def test_merged_wants_keys_that_are_turned_as_they_are_here(config: Any, known: bool) -> None:
+    """Partial and interleaved rotary embeddings and other norms are refused; what is taken gives the plain forward's scores."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 256, "head_dim": 8}
+    torch.manual_seed(0)
+
+    def built(attention: str) -> SpeechLlm:
+        lm = AutoModelForCausalLM.from_config(config(vocab_size=tokenizer().size, **shape, **special, initializer_range=0.3))
+        return trained(SpeechLlm(tiny_ctc(), lm, tokenizer(), SpeechLlmDims(attention=attention, learns="all")).eval())  # type: ignore[arg-type]
+
+    labels = texts_of(tiny())
+    for attention in ("prefix", "cross"):
+        model = built(attention)
+        assert scores(model, AUDIOS, labels).tolist() == pytest.approx(in_training(model, AUDIOS, labels), abs=2e-3)
+    if known:
+        model = built("merged")
+        wanted = [score_of(model, sound_of(model, x), y) for x, y in zip(AUDIOS, labels, strict=True)]
+        assert scores(model, AUDIOS, labels).tolist() == pytest.approx(wanted, abs=2e-3)
+    if not known:
+        with pytest.raises(ModelError, match=r"not known here \(partial or interleaved .*use attention=prefix or attention=cross$"):
+            built("merged")
+
+
 def test_models_whose_layers_are_not_known_can_be_prefixed() -> None:
     config = OPTConfig(
         vocab_size=tokenizer().size, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2, word_embed_proj_dim=16
@@ -647,7 +695,4 @@ def test_models_whose_layers_are_not_known_can_be_prefixed() -> None:
             SpeechLlm(tiny_ctc(), OPTForCausalLM(config), tokenizer(), SpeechLlmDims(attention=attention, learns="all"))
     model = trained(SpeechLlm(tiny_ctc(), OPTForCausalLM(config), tokenizer(), SpeechLlmDims(learns="all")).eval())
     labels = texts_of(model)
-    with torch.no_grad():
-        out = forward(model, AUDIOS, labels)
-    sums = [float(chosen(x.log_softmax(-1)[: len(y) + 1], y, model.vocabulary.eos).sum()) for x, y in zip(out.logits, labels, strict=True)]
-    assert scores(model, AUDIOS, labels).tolist() == pytest.approx(sums, abs=3e-4)
+    assert scores(model, AUDIOS, labels).tolist() == pytest.approx(in_training(model, AUDIOS, labels), abs=3e-4)

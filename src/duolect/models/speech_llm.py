@@ -130,8 +130,8 @@ class SpeechLlm(FolderModel, AttentionModel):
         self.cross = nn.ModuleList(CrossAttention(width, heads, i) for i in range(count))
         for number in range(count):
             self.layers[number].register_forward_pre_hook(self.cross[number].before, with_kwargs=True)  # type: ignore[arg-type]
-        if dims.attention == "merged":  # raises ModelError where the layers are not known
-            next(self.keys_values(matrix.new_zeros(1, 1, width), torch.zeros(1, 1, dtype=torch.long, device=matrix.device)))
+        if dims.attention == "merged":
+            self._require_known_keys()
         if dims.recompute:
             llm.gradient_checkpointing_enable({"use_reentrant": False})
         begin = vocabulary.encode(dims.begin) if dims.begin else [vocabulary.bos]
@@ -233,15 +233,35 @@ class SpeechLlm(FolderModel, AttentionModel):
 
     def keys_values(self, audio: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values [B, H, T, S] of audio [B, T, W] at positions [B, T], layer by layer, by the layers' own norms and projections."""
-        turn = getattr(self.decoder, "rotary_emb", None)
-        angles = None if turn is None else turn(audio, position_ids=positions)
+        angles = self._angles(audio, positions)
         for layer in self.layers:
-            key, value = _key_value(layer, audio)
-            if angles is not None:
-                cos, sin = (x[:, None] for x in angles)
-                a, b = key.chunk(2, -1)
-                key = key * cos + torch.cat([-b, a], -1) * sin
-            yield key, value
+            yield _key_value(layer, audio, angles)
+
+    def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        turn = getattr(self.decoder, "rotary_emb", None)
+        return None if turn is None else turn(x, position_ids=positions)
+
+    @torch.no_grad()
+    def _require_known_keys(self) -> None:
+        """Raises ModelError where the keys and values of audio would not be what each layer itself computes of such inputs."""
+        x = self.embeddings.weight[None, :4]
+        positions, cache, inputs = torch.arange(3, 7, device=x.device)[None], DynamicCache(), list[Tensor]()
+        hooks = [layer.register_forward_pre_hook(lambda _, heard: inputs.append(heard[0])) for layer in self.layers]
+        self.decoder(inputs_embeds=x, position_ids=positions, past_key_values=cache, use_cache=True)
+        for hook in hooks:
+            hook.remove()
+        for number, (layer, heard) in enumerate(zip(self.layers, inputs, strict=True)):
+            made: Any = cache.layers[number]
+            try:
+                pairs = zip(_key_value(layer, heard, self._angles(x, positions)), (made.keys, made.values), strict=True)
+                known = all(float((ours - own).abs().max()) <= 0.01 * float(own.abs().max()) for ours, own in pairs)
+            except (TypeError, AttributeError, RuntimeError):
+                known = False
+            if not known:
+                raise ModelError(
+                    f"{type(self.llm).__name__} computes keys and values in a way that is not known here (partial or interleaved rotary "
+                    "embeddings, other norms): use attention=prefix or attention=cross"
+                )
 
     @torch.no_grad()
     def scorer(self, audios: Sequence[np.ndarray]) -> SpeechLlmScorer:
@@ -403,8 +423,8 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(seen[:, None], 0.0, torch.finfo(dtype).min).to(dtype)
 
 
-def _key_value(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, T, S] that a layer would compute of its input x [B, T, W], before any rotation."""
+def _key_value(layer: Any, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, T, S] that a layer would compute of its input x [B, T, W], keys turned by (cos, sin) [B, T, S]."""
     if (attention := getattr(layer, "self_attn", None)) is not None and hasattr(attention, "k_proj"):
         normed, size = layer.input_layernorm(x), attention.head_dim
         key, value = (proj(normed).unflatten(-1, (-1, size)) for proj in (attention.k_proj, attention.v_proj))
@@ -415,7 +435,11 @@ def _key_value(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         _, key, value = (part.unflatten(-1, (attention.num_heads, -1)) for part in attention.c_attn(normed).chunk(3, -1))
     else:
         raise ModelError(f"{type(layer).__name__} has no key and value projections that are known here: use attention=prefix")
-    return key.transpose(1, 2), value.transpose(1, 2)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if angles is not None:
+        (a, b), (cos, sin) = key.chunk(2, -1), (x[:, None] for x in angles)
+        key = key * cos + torch.cat([-b, a], -1) * sin
+    return key, value
 
 
 def _let_learn(ctc: CtcModel, llm: PreTrainedModel, dims: SpeechLlmDims) -> None:
