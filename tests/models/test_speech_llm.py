@@ -623,6 +623,43 @@ def test_computing_activations_again_gives_the_same_gradients(how: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("adapter", ["concat", "conv"])
+@pytest.mark.parametrize("how", ["prefix", "both ways"])
+def test_a_ctc_head_hears_the_language_models_states_at_the_audio(how: str, adapter: str, tmp_path: Path) -> None:
+    model = trained(tiny(adapter=ADAPTERS[adapter], audio_head=True, **HOW[how], **PROMPTS))
+    (head,), before, found = model.audio_head, model.embeddings(torch.tensor(model.prompts[0])), list[Tensor]()
+    with torch.no_grad():
+        for sound in (sound_of(model, audio) for audio in AUDIOS):
+            n, m = len(before), len(before) + len(sound)
+            mask = torch.ones(m, m).tril()
+            mask[n:, n:] += how == "both ways"
+            x = torch.cat([before, sound])[None]
+            states = model.llm.base_model(inputs_embeds=x, attention_mask=torch.where(mask > 0, 0.0, -torch.inf)[None, None])
+            found.append(head(states.last_hidden_state[0, n:]).log_softmax(-1))
+        heard = forward(model, AUDIOS, texts_of(model)).heard
+    assert heard is not None and heard.lengths.tolist() == [len(x) for x in found]
+    model.save(tmp_path, card="", dtype=torch.float32)
+    named = load_acoustic_model(f"{tmp_path}#llm")
+    assert named.vocabulary.digest() == model.ctc.vocabulary.digest()
+    assert named.seconds_per_frame == model.ctc.encoder.seconds_per_frame * ADAPTERS[adapter].factor
+    for out in (heard, named.log_probs_of(AUDIOS)):
+        for row, n, wanted in zip(out.log_probs, out.lengths.tolist(), found, strict=True):
+            torch.testing.assert_close(row[:n], wanted, atol=1e-3, rtol=1e-3)
+    plainly = load_acoustic_model(tmp_path)
+    assert plainly.log_probs_of(AUDIOS).log_probs.shape[1] > heard.log_probs.shape[1], "the encoder's own head is another one"
+    long = named.log_probs_of([noise(40.0, 3)])
+    assert int(long.lengths[0]) == pytest.approx(40.0 / named.seconds_per_frame, abs=2)
+
+
+def test_a_ctc_head_on_the_language_model_is_refused_where_it_makes_no_sense(tmp_path: Path) -> None:
+    for dims in ({"attention": "cross"}, {"attention": "merged"}, {"adapter": AdapterDims("words")}):
+        with pytest.raises(ValueError, match="audio_head wants attention=prefix and an adapter of kind concat or conv"):
+            SpeechLlmDims(audio_head=True, **dims)  # type: ignore[arg-type]
+    tiny().save(tmp_path, card="")
+    with pytest.raises(ModelError, match=r"has no CTC head on its language model: train one with llm.dims.audio_head=true"):
+        load_acoustic_model(f"{tmp_path}#llm")
+
+
 def test_an_encoder_at_rest_hears_the_same_in_training() -> None:
     model = tiny(encoder="rest")
     state = {name: x.clone() for name, x in model.ctc.state_dict().items()}

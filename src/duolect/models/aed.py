@@ -23,7 +23,7 @@ from duolect.audio.io import SAMPLE_RATE
 from duolect.models import ModelError, Precision, loading
 from duolect.models.attention_decoder import AttentionDecoder, DecoderDims, histories
 from duolect.models.cache import Trie
-from duolect.models.ctc import CtcModel, FolderModel, Heads, kind_of, load_weights, read_config
+from duolect.models.ctc import CtcModel, CtcOutput, FolderModel, Heads, kind_of, load_weights, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.encoders import Encoded, Encoder, frame_mask
 from duolect.models.packed import NewNodes, NodeLayer, bytes_per_position, node_cache, packing, run_packed, use_packed_attention
@@ -97,12 +97,14 @@ class AudioScorer(DecoderScorer):
 
 @dataclass(frozen=True)
 class AedOutput:
-    """What a training pass gives: the CTC heads, and the decoder's logits [B, L + 1, V] (aux by layer) for targets [B, L + 1]."""
+    """What a training pass gives: the CTC heads, and the decoder's logits [B, L + 1, V] (aux by layer) for targets [B, L + 1]; heard:
+    what a CTC head on the decoder's states at the audio says."""
 
     heads: Heads
     logits: Tensor
     aux: Mapping[int, Tensor]
     targets: Tensor
+    heard: CtcOutput | None = None
 
 
 class AedModel(FolderModel, AttentionModel):

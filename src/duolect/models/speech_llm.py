@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from duolect.audio.features import SECONDS_PER_FRAME
 from duolect.config import from_json, registered, to_json
 from duolect.models import ModelError, Precision
 from duolect.models.adapters import Adapter, AdapterDims
@@ -29,13 +30,14 @@ from duolect.models.aed import AedModel, AedOutput, AttentionModel, encoded_whol
 from duolect.models.attention_decoder import histories
 from duolect.models.cache import Trie
 from duolect.models.cross_attention import CrossAttention, Heard
-from duolect.models.ctc import CtcModel, FolderModel, Heads, load_weights, read_config
+from duolect.models.ctc import AcousticModel, CtcModel, CtcOutput, FolderModel, Heads, load_weights, read_config
 from duolect.models.decoder import DecoderScorer
 from duolect.models.embedded import resolve
 from duolect.models.encoders import frame_mask
 from duolect.models.finetuned import let_learn
 from duolect.models.lm import HFCausalLM, load_language_model, longest_history, output_layer, require_positions
 from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
+from duolect.models.merged import keys_values, layers_of, require_known_keys
 from duolect.models.packed import NewNodes, bytes_per_position, node_cache, packing, run_packed
 from duolect.models.rehead import Initial, label_embeddings, rehead, tied_name
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
@@ -56,7 +58,8 @@ class SpeechLlmDims:
     (prefix only). encoder: whether the CTC model learns, with low-rank paths in its encoder, or rests. learns: of the language model:
     `all`, low-rank paths (`lora`) or `nothing` but what was added to it; embeddings: whether its embeddings may learn. units: its own
     labels, or those of the CTC head with new embeddings (see rehead). pretrained: false for random weights. recompute: activations are
-    computed again in the backward pass, for memory.
+    computed again in the backward pass, for memory. audio_head: a CTC head, of the CTC model's labels, on the language model's states at
+    the audio (prefix, and an adapter of evenly spaced positions): a loss in training, an acoustic model by the name `folder#llm`.
     """
 
     attention: Literal["prefix", "merged", "cross"] = "prefix"
@@ -74,8 +77,14 @@ class SpeechLlmDims:
     initial: Initial = "pieces"
     pretrained: bool = True
     recompute: bool = False
+    audio_head: bool = False
 
     def __post_init__(self) -> None:
+        if self.audio_head and (self.attention != "prefix" or self.adapter.kind not in ("concat", "conv")):
+            raise ValueError(
+                f"audio_head wants attention=prefix and an adapter of kind concat or conv, whose positions are evenly spaced; found "
+                f"attention={self.attention}, kind {self.adapter.kind}"
+            )
         if self.bidirectional and self.attention != "prefix":
             raise ValueError(f"bidirectional audio is of attention=prefix; in {self.attention} audio positions do not attend at all")
         if self.recompute and self.attention == "merged":
@@ -130,8 +139,9 @@ class SpeechLlm(FolderModel, AttentionModel):
         self.cross = nn.ModuleList(CrossAttention(width, heads, i) for i in range(count))
         for number in range(count):
             self.layers[number].register_forward_pre_hook(self.cross[number].before, with_kwargs=True)  # type: ignore[arg-type]
+        self.audio_head = nn.ModuleList([nn.Linear(width, ctc.vocabulary.size)] if dims.audio_head else [])
         if dims.attention == "merged":
-            self._require_known_keys()
+            require_known_keys(llm)
         if dims.recompute:
             llm.gradient_checkpointing_enable({"use_reentrant": False})
         begin = vocabulary.encode(dims.begin) if dims.begin else [vocabulary.bos]
@@ -165,10 +175,7 @@ class SpeechLlm(FolderModel, AttentionModel):
     @property
     def layers(self) -> Sequence[nn.Module]:
         """The language model's layers, as the families of transformers name them."""
-        found = getattr(self.decoder, "layers", None) or getattr(self.decoder, "h", None)
-        if found is None:
-            raise ModelError(f"{type(self.llm).__name__} has no list of layers that is known here: use attention=prefix")
-        return found
+        return layers_of(self.llm)
 
     @property
     def embeddings(self) -> nn.Embedding:
@@ -193,11 +200,26 @@ class SpeechLlm(FolderModel, AttentionModel):
         """The same behind an encoder pass that was made before."""
         audio, lengths = self.adapter(heads.encoded, heads.main, self.embeddings)
         history, targets = histories(labels, sizes, bos=self.begin, eos=self.vocabulary.eos)
-        decoded = self.hidden(audio.to(self.embeddings.weight.dtype), lengths, history, context=context)
-        return AedOutput(heads, output_layer(self.llm, self.vocabulary)(decoded), {}, targets)
+        sounds, decoded = self._states(audio.to(self.embeddings.weight.dtype), lengths, history, context)
+        heard = self._heard(sounds, lengths) if self.audio_head else None
+        return AedOutput(heads, output_layer(self.llm, self.vocabulary)(decoded), {}, targets, heard)
 
-    def hidden(self, audio: Tensor, lengths: Tensor, history: Tensor, *, context: Contexts = ()) -> Tensor:
+    def hidden(self, audio: Tensor, lengths: Tensor, history: Tensor) -> Tensor:
         """[B, L, W] last hidden states behind histories [B, L] that begin with bos, after prompts and audio [B, T, W], lengths [B]."""
+        return self._states(audio, lengths, history, ())[1]
+
+    def audio_ctc(self, heads: Heads) -> CtcOutput:
+        """What the CTC head on the language model's states says of an encoder pass."""
+        audio, lengths = self.adapter(heads.encoded, heads.main, self.embeddings)
+        none = torch.zeros(len(audio), 0, dtype=torch.long, device=audio.device)
+        return self._heard(self._states(audio.to(self.embeddings.weight.dtype), lengths, none, ())[0], lengths)
+
+    def _heard(self, states: Tensor, lengths: Tensor) -> CtcOutput:
+        (head,) = self.audio_head
+        return CtcOutput(head(states.float()).float().log_softmax(-1), lengths)
+
+    def _states(self, audio: Tensor, lengths: Tensor, history: Tensor, context: Contexts) -> tuple[Tensor, Tensor]:
+        """Last hidden states ([B, T, W] at the audio, of no meaning but in prefix; [B, L, W] behind each label of the histories)."""
         prompts = [self.prompts_with(words) for words in context] or [self.prompts] * len(audio)
         ids = [[torch.tensor(x, dtype=torch.long, device=audio.device) for x in prompt] for prompt in prompts]
         among = lengths if self.dims.attention == "prefix" else torch.zeros_like(lengths)  # audio positions among the text's
@@ -214,7 +236,7 @@ class SpeechLlm(FolderModel, AttentionModel):
         elif self.dims.attention == "merged":
             cache, options["position_ids"] = DynamicCache(), places + later * lengths[:, None]
             sounds = torch.arange(audio.shape[1], device=audio.device)[None]
-            for number, (key, value) in enumerate(self.keys_values(audio, begin[:, None] + sounds)):
+            for number, (key, value) in enumerate(keys_values(self.llm, audio, begin[:, None] + sounds)):
                 cache.update(key, value, number)
             seen = (later > 0)[..., None] & frame_mask(lengths, audio.shape[1])[:, None]
             causal = (places <= places.T).expand(len(audio), -1, -1)
@@ -224,44 +246,11 @@ class SpeechLlm(FolderModel, AttentionModel):
             options["attention_mask"] = _additive((places <= places.T) | (inside[:, :, None] & inside[:, None]), joined.dtype)
         require_positions(int(options.get("position_ids", places).max()) + 1, self.longest)
         out = self.decoder(inputs_embeds=joined, use_cache=self.dims.attention == "merged", **options).last_hidden_state
-        place = (begin + among + behind)[:, None] + torch.arange(history.shape[1], device=audio.device)
-        return out[torch.arange(len(audio), device=out.device)[:, None], place]
+        return _stretch(out, begin, audio.shape[1]), _stretch(out, begin + among + behind, history.shape[1])
 
     def heard(self, audio: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of audio [B, T, W] for the added layers, where there are any."""
         return [cross.heard(audio) for cross in self.cross]  # pyright: ignore[reportCallIssue]
-
-    def keys_values(self, audio: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values [B, H, T, S] of audio [B, T, W] at positions [B, T], layer by layer, by the layers' own norms and projections."""
-        angles = self._angles(audio, positions)
-        for layer in self.layers:
-            yield _key_value(layer, audio, angles)
-
-    def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        turn = getattr(self.decoder, "rotary_emb", None)
-        return None if turn is None else turn(x, position_ids=positions)
-
-    @torch.no_grad()
-    def _require_known_keys(self) -> None:
-        """Raises ModelError where the keys and values of audio would not be what each layer itself computes of such inputs."""
-        x = self.embeddings.weight[None, :4]
-        positions, cache, inputs = torch.arange(3, 7, device=x.device)[None], DynamicCache(), list[Tensor]()
-        hooks = [layer.register_forward_pre_hook(lambda _, heard: inputs.append(heard[0])) for layer in self.layers]
-        self.decoder(inputs_embeds=x, position_ids=positions, past_key_values=cache, use_cache=True)
-        for hook in hooks:
-            hook.remove()
-        for number, (layer, heard) in enumerate(zip(self.layers, inputs, strict=True)):
-            made: Any = cache.layers[number]
-            try:
-                pairs = zip(_key_value(layer, heard, self._angles(x, positions)), (made.keys, made.values), strict=True)
-                known = all(float((ours - own).abs().max()) <= 0.01 * float(own.abs().max()) for ours, own in pairs)
-            except (TypeError, AttributeError, RuntimeError):
-                known = False
-            if not known:
-                raise ModelError(
-                    f"{type(self.llm).__name__} computes keys and values in a way that is not known here (partial or interleaved rotary "
-                    "embeddings, other norms): use attention=prefix or attention=cross"
-                )
 
     @torch.no_grad()
     def scorer(self, audios: Sequence[np.ndarray]) -> SpeechLlmScorer:
@@ -283,7 +272,7 @@ class SpeechLlm(FolderModel, AttentionModel):
         return SpeechLlmScorer(self, weight.new_zeros(rows, 0, weight.shape[1]), torch.zeros(rows, dtype=torch.long, device=weight.device))
 
     def parts(self) -> dict[str, nn.Module]:
-        return {"adapter": nn.ModuleList([self.adapter, self.cross]), "llm": self.llm}
+        return {"adapter": nn.ModuleList([self.adapter, self.cross, self.audio_head]), "llm": self.llm}
 
     def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a state dict by their names in a model folder: the CTC part is a CTC model's, what a source has anyway is left out."""
@@ -338,6 +327,27 @@ class SpeechLlm(FolderModel, AttentionModel):
         for part in (model.llm, model.cross):
             part.to(getattr(torch, dtype))
         return model.to(device).eval()
+
+
+class AudioHead(AcousticModel):
+    """The CTC head on the language model's states at the audio, as an acoustic model: text has no part in it. ModelError without one."""
+
+    def __init__(self, model: SpeechLlm) -> None:
+        if not model.audio_head:
+            raise ModelError("the speech LLM has no CTC head on its language model: train one with llm.dims.audio_head=true")
+        self.model, self.vocabulary = model, model.ctc.vocabulary
+        self.seconds_per_frame = model.ctc.encoder.seconds_per_frame * model.dims.adapter.factor
+
+    def place(self, device: str) -> None:
+        self.model.to(device)
+
+    def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
+        each, longest = round(self.seconds_per_frame / SECONDS_PER_FRAME), min(self.model.ctc.window_seconds, self.model.max_seconds)
+        return self.model.ctc.in_windows(
+            audios,
+            replace(self.model.ctc.windowing(), per_frame=each, seconds=longest),
+            lambda x, n: self.model.audio_ctc(self.model.ctc.heads(x, n)),
+        )
 
 
 Trainable = CtcModel | AedModel | SpeechLlm
@@ -395,7 +405,7 @@ class SpeechLlmScorer(DecoderScorer):
         hidden = torch.zeros_like(embedded)
         heard = _some(new, sounds)
         with packing(heard):
-            for number, (key, value) in enumerate(self.model.keys_values(embedded[sounds][None], heard.positions[None])):
+            for number, (key, value) in enumerate(keys_values(self.model.llm, embedded[sounds][None], heard.positions[None])):
                 trie.cache.update(key, value, number)
         hidden[~sounds] = self._run(trie, _some(new, ~sounds), embedded[~sounds])
         return hidden
@@ -418,28 +428,15 @@ def _both_ways(new: NewNodes, sounds: Tensor) -> NewNodes:
     return replace(new, visible=visible)
 
 
+def _stretch(x: Tensor, begin: Tensor, count: int) -> Tensor:
+    """[B, count, W] of x [B, S, W] from begin [B] on; beyond its end the last one repeats."""
+    place = (begin[:, None] + torch.arange(count, device=x.device)).clamp(max=x.shape[1] - 1)
+    return x[torch.arange(len(x), device=x.device)[:, None], place]
+
+
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, 1, L, S] additive mask of a boolean one [B, L, S]."""
     return torch.where(seen[:, None], 0.0, torch.finfo(dtype).min).to(dtype)
-
-
-def _key_value(layer: Any, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, T, S] that a layer would compute of its input x [B, T, W], keys turned by (cos, sin) [B, T, S]."""
-    if (attention := getattr(layer, "self_attn", None)) is not None and hasattr(attention, "k_proj"):
-        normed, size = layer.input_layernorm(x), attention.head_dim
-        key, value = (proj(normed).unflatten(-1, (-1, size)) for proj in (attention.k_proj, attention.v_proj))
-        norm = getattr(attention, "k_norm", None)
-        key = key if norm is None else norm(key)
-    elif (attention := getattr(layer, "attn", None)) is not None and hasattr(attention, "c_attn"):
-        normed = layer.ln_1(x)
-        _, key, value = (part.unflatten(-1, (attention.num_heads, -1)) for part in attention.c_attn(normed).chunk(3, -1))
-    else:
-        raise ModelError(f"{type(layer).__name__} has no key and value projections that are known here: use attention=prefix")
-    key, value = key.transpose(1, 2), value.transpose(1, 2)
-    if angles is not None:
-        (a, b), (cos, sin) = key.chunk(2, -1), (x[:, None] for x in angles)
-        key = key * cos + torch.cat([-b, a], -1) * sin
-    return key, value
 
 
 def _let_learn(ctc: CtcModel, llm: PreTrainedModel, dims: SpeechLlmDims) -> None:

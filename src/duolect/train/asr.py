@@ -301,6 +301,7 @@ class AsrTask(Task[Heard, AsrBatch]):
             heads |= {"ce": self.ctc.vocabulary, **{f"ce{n}": self.ctc.vocabulary for n in self.model.decoder.dims.aux}}
         if isinstance(self.model, SpeechLlm):
             heads = {"ce": self.model.vocabulary} | (heads if self.model.dims.encoder != "rest" else {})
+            heads |= {"ctc_llm": self.ctc.vocabulary} if self.model.dims.audio_head else {}
         return heads
 
     def losses(self, batch: AsrBatch) -> Mapping[str, Tensor]:
@@ -321,6 +322,8 @@ class AsrTask(Task[Heard, AsrBatch]):
                 output = self.network(**self._features(batch), labels=labels["ce"], sizes=sizes["ce"], **told)
             heads, smoothing = output.heads, self.learning.smoothing
             losses["ce"] = smoothed_cross_entropy(output.logits, output.targets, smoothing=smoothing)
+            if output.heard is not None:
+                losses["ctc_llm"] = ctc_loss(output.heard, labels["ctc_llm"], sizes["ctc_llm"], self.ctc.vocabulary)
             for n, logits in output.aux.items():
                 losses[f"ce{n}"] = smoothed_cross_entropy(logits, output.targets, smoothing=smoothing)
         if "ctc" in labels:
