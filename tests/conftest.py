@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import logging as transformers_logging
 
 from duolect.models.lm import HFCausalLM
@@ -41,6 +42,14 @@ def tiny_lm(kind: str, vocabulary: Vocabulary, *, seed: int = 1, spare_rows: int
     }
     torch.manual_seed(seed)
     return HFCausalLM(AutoModelForCausalLM.from_config(configs[kind]()), vocabulary)
+
+
+def bytes_in(cache: Cache) -> int:
+    """What a store of nodes holds of keys and values, room for more left out."""
+    if isinstance(cache, EncoderDecoderCache):
+        return bytes_in(cache.self_attention_cache) + bytes_in(cache.cross_attention_cache)
+    stores = [x[:, :, : layer.filled] for layer in cache.layers for x in (layer.keys, layer.values)]  # type: ignore[attr-defined]
+    return sum(x.numel() * x.element_size() for x in stores)
 
 
 @pytest.fixture(scope="session")

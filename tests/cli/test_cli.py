@@ -422,6 +422,14 @@ def test_context_phrases_are_rewarded_in_any_search(duolect, zoo, with_models, t
     assert sum(line.nbest[0].parts["context"] > 0 for line in read_hypotheses(tmp_path / "a.jsonl")) > 2
     code, _, err = duolect(*data[:-1], "ctc-greedy", "--out", tmp_path / "b.jsonl", "--context", "Krige")
     assert code == 0 and "--context does nothing in ctc-greedy" in err
+    told = ["--speech-llm", zoo["sllm"], "--context", "abba"]
+    code, _, err = duolect(*data[:-1], "sllm-draft", "--out", tmp_path / "e.jsonl", *told)
+    assert code == 0 and "--context does nothing in sllm-draft" in err
+    config = json.loads((zoo["sllm"] / "config.json").read_text())
+    shutil.copytree(zoo["sllm"], tmp_path / "told")
+    (tmp_path / "told" / "config.json").write_text(json.dumps({**config, "dims": {**config["dims"], "before": "ab {context}"}}))
+    code, _, err = duolect(*data[:-1], "sllm-draft", "--out", tmp_path / "f.jsonl", "--speech-llm", tmp_path / "told", *told[2:])
+    assert code == 0 and "--context does nothing" not in err
     code, _, err = duolect(*data, "--out", tmp_path / "c.jsonl", "--context", "Krige")
     assert code == 0 and "never writes some letters of these phrases: krige" in err
     (tmp_path / "words.txt").write_text("abba\tmuch\n")

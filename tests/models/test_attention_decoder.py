@@ -23,7 +23,7 @@ from duolect.search.fusion import EveryLabel, Fused
 from duolect.search.label import label_beam_search
 from duolect.search.prefix import CtcPrefix
 from duolect.vocabulary import CharacterVocabulary, SentencePieceVocabulary
-from tests.conftest import WORDS, sentence_pieces
+from tests.conftest import WORDS, bytes_in, sentence_pieces
 
 DIMS = DecoderDims(dim=16, layers=3, heads=2, dropout=0.0, attention_dropout=0.0, aux=(2,))
 
@@ -53,6 +53,13 @@ def from_scratch(model: AedModel, audio: np.ndarray, labels: list[int], *, end: 
     log_probs = out.logits.log_softmax(-1)[0]
     targets = out.targets[0][: None if end else -1]
     return float(log_probs[torch.arange(len(targets)), targets].sum())
+
+
+def test_what_will_be_held_is_known_before() -> None:
+    model = tiny()
+    scorer = model.scorer([noise(1.1, 0)])
+    _, state = scorer.advance(scorer.start(1), torch.tensor([[5, 6, 7]]), torch.tensor([3]))
+    assert bytes_in(state.trie.cache) == model.bytes_of(seconds=1.1, labels=3)
 
 
 def test_increments_are_the_teacher_forced_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from duolect.scorer import Hypothesis
 from duolect.search.fusion import LONGEST_WORD, Retokenized, TextPolicy
 from duolect.search.rescore import labels_for, labels_of_text, own_labels, ranked, rescored
 from duolect.vocabulary import VocabularyError
-from tests.conftest import byte_level, tiny_lm
+from tests.conftest import byte_level, bytes_in, tiny_lm
 from tests.oracles import lm_from_scratch
 
 KINDS = ["llama", "gpt2", "qwen2"]
@@ -244,6 +244,22 @@ def test_an_aed_scores_like_its_full_forward_and_shares_the_audio_among_rows():
         assert float(total[row]) == pytest.approx(float(log_probs[torch.arange(len(targets)), targets].sum()), abs=5e-4)
     cross = state.trie.cache.cross_attention_cache.layers[0].keys
     assert cross.shape[0] == 2, "the audio's keys are held once per utterance, not per row"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_will_be_held_is_known_before(letters, kind, dtype):
+    lm = tiny_lm(kind, letters)
+    lm = HFCausalLM(lm.model.to(dtype), letters, prompt="ab ba")
+    _, state = lm.advance(lm.start(2), torch.tensor([[0, 1, 0]] * 2), torch.tensor([3, 3]))
+    assert bytes_in(state.trie.cache) == 2 * lm.bytes_of(labels=3)
+
+
+def test_what_an_aed_will_hold_is_known_before():
+    aed = tiny_whisper()
+    scorer = aed.scorer([np.zeros(8000, np.float32)] * 2)
+    _, state = scorer.advance(scorer.start(2), torch.tensor([[70, 80, 75]] * 2), torch.tensor([3, 3]))
+    assert bytes_in(state.trie.cache) == 2 * aed.bytes_of(seconds=0.5, labels=3)
 
 
 def test_the_internal_language_model_is_the_decoder_over_zeros():

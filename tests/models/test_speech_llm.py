@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import shutil
@@ -17,7 +18,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    GlmConfig,
+    Olmo2Config,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    StableLmConfig,
+)
 
 from duolect.models import ModelError
 from duolect.models import decoder as decoder_module
@@ -34,7 +46,7 @@ from duolect.search.fusion import Fused
 from duolect.search.label import label_beam_search
 from duolect.search.prefix import CtcPrefix
 from duolect.vocabulary import CharacterVocabulary, SentencePieceVocabulary, TokenizerVocabulary
-from tests.conftest import WORDS, byte_level, sentence_pieces, tiny_lm
+from tests.conftest import WORDS, byte_level, bytes_in, sentence_pieces, tiny_lm
 from tests.models.test_attention_decoder import noise
 from tests.oracles import lm_from_scratch
 
@@ -184,17 +196,27 @@ def test_more_positions_than_the_language_model_has_are_refused(kind: str) -> No
         model.scorer([noise(25.0, 1)]).start(1)
     with pytest.raises(ModelError, match="longer than the 256"):
         model.hidden(torch.zeros(1, 250, 16), torch.tensor([250]), torch.ones(1, 9, dtype=torch.long))
+    for how, (audio, labels) in {"merged": (250, 9), "cross": (9, 257)}.items():  # of added layers audio has no positions
+        with pytest.raises(ModelError, match=r"25[79] positions is longer than the 256"), torch.no_grad():
+            tiny(kind, attention=how).hidden(torch.zeros(1, audio, 16), torch.tensor([audio]), torch.ones(1, labels, dtype=torch.long))
 
 
 def padded(labels: Sequence[Sequence[int]], *, value: int = 3) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.tensor(x, dtype=torch.long) for x in labels], batch_first=True, padding_value=value)
 
 
-def forward(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Sequence[int]]) -> AedOutput:
+def forward(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Sequence[int]], **told: Any) -> AedOutput:
     """A training pass; beyond the lengths lies noise."""
     features = [model.ctc.encoder.features(torch.from_numpy(a)) for a in audios]
     joined = nn.utils.rnn.pad_sequence(features, batch_first=True, padding_value=7.0)
-    return model(joined, torch.tensor([len(x) for x in features]), padded(labels), torch.tensor([len(x) for x in labels]))
+    return model(joined, torch.tensor([len(x) for x in features]), padded(labels), torch.tensor([len(x) for x in labels]), **told)
+
+
+@torch.no_grad()
+def in_training(model: SpeechLlm, audios: Sequence[np.ndarray], labels: Sequence[Sequence[int]]) -> list[float]:
+    """log p(labels, end | audio) of each utterance by a training pass."""
+    eos, logits = model.vocabulary.eos, forward(model, audios, labels).logits
+    return [float(chosen(x.log_softmax(-1)[: len(y) + 1], y, eos).sum()) for x, y in zip(logits, labels, strict=True)]
 
 
 @pytest.mark.parametrize(("adapter", "units"), [("concat", "ctc"), ("conv", "own"), ("ctc", "own"), ("words", "own")])
@@ -223,6 +245,30 @@ def test_training_and_search_step_by_step_are_one_plain_forward(kind: str, how: 
         for row, i in enumerate(owner):
             assert float(gained[row]) == pytest.approx(float(wanted[i][step]) if active[row] else 0.0, abs=2e-4)
     torch.testing.assert_close(scorer.log_probs(state)[0], plain(model, sounds[1], labels[1])[-1], atol=3e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_context_words_stand_in_the_prompts_as_if_they_had_been_written_there(kind: str, how: str) -> None:
+    model = trained(tiny(kind, before="ab {context} b", after="ba {context}", **HOW[how]))
+    labels, eos, context = texts_of(model), model.vocabulary.eos, [("Abba b", "bab"), ("ab",), ()]
+    written = [("ab abba b, bab b", "ba abba b, bab"), ("ab ab b", "ba ab"), ("ab  b", "ba ")]
+    literal = [copy.copy(model) for _ in written]
+    for one, (before, after) in zip(literal, written, strict=True):
+        one.dims = replace(model.dims, before=before, after=after)
+    wanted = [chosen(plain(m, sound_of(model, x), y), y, eos) for m, x, y in zip(literal, AUDIOS, labels, strict=True)]
+    with torch.no_grad():
+        out = forward(model, AUDIOS, labels, context=context)
+        own, none = forward(model, AUDIOS, labels), forward(model, AUDIOS, labels, context=[()] * 3)
+    torch.testing.assert_close(own.logits, none.logits, atol=0, rtol=0)
+    for b, y in enumerate(labels):
+        torch.testing.assert_close(chosen(out.logits[b].log_softmax(-1)[: len(y) + 1], y, eos), wanted[b], atol=2e-4, rtol=1e-4)
+    for words, one in zip(context, literal, strict=True):  # the same words for a whole batch
+        found, told = [score_of(one, sound_of(model, x), y) for x, y in zip(AUDIOS, labels, strict=True)], model.told(words)
+        assert scores(told, AUDIOS, labels).tolist() == pytest.approx(found, abs=5e-4) and told.takes_context
+    assert model.prompts == model.prompts_with(()) and not tiny(**PROMPTS).takes_context
+    with pytest.raises(ModelError, match=r"longer than the 256 .* fewer context words"):
+        model.told(["abba"] * 200)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -265,6 +311,17 @@ def test_the_beam_shares_the_audio(how: str) -> None:
     assert counted[1:] == [8]
     assert all(layer.keys.shape[0] == 2 and layer.filled == after.trie.size for layer in after.trie.cache.layers)
     assert [len(k) for k, _ in scorer.heard] == ([2] * len(model.layers) if how == "cross" else [])
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("how", HOW)
+def test_what_will_be_held_is_known_before(how: str, adapter: str) -> None:
+    model = tiny(adapter=ADAPTERS[adapter], **HOW[how], **PROMPTS)
+    scorer = model.scorer(AUDIOS[1:2])
+    _, state = scorer.advance(scorer.start(1), torch.tensor([[5, 6, 7]]), torch.tensor([3]))
+    held = bytes_in(state.trie.cache) + sum(x.nbytes for pair in scorer.heard for x in pair)
+    planned = model.bytes_of(seconds=1.3, labels=3)
+    assert planned == held if adapter in ("concat", "conv") else planned >= held
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -566,6 +623,43 @@ def test_computing_activations_again_gives_the_same_gradients(how: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("adapter", ["concat", "conv"])
+@pytest.mark.parametrize("how", ["prefix", "both ways"])
+def test_a_ctc_head_hears_the_language_models_states_at_the_audio(how: str, adapter: str, tmp_path: Path) -> None:
+    model = trained(tiny(adapter=ADAPTERS[adapter], audio_head=True, **HOW[how], **PROMPTS))
+    (head,), before, found = model.audio_head, model.embeddings(torch.tensor(model.prompts[0])), list[Tensor]()
+    with torch.no_grad():
+        for sound in (sound_of(model, audio) for audio in AUDIOS):
+            n, m = len(before), len(before) + len(sound)
+            mask = torch.ones(m, m).tril()
+            mask[n:, n:] += how == "both ways"
+            x = torch.cat([before, sound])[None]
+            states = model.llm.base_model(inputs_embeds=x, attention_mask=torch.where(mask > 0, 0.0, -torch.inf)[None, None])
+            found.append(head(states.last_hidden_state[0, n:]).log_softmax(-1))
+        heard = forward(model, AUDIOS, texts_of(model)).heard
+    assert heard is not None and heard.lengths.tolist() == [len(x) for x in found]
+    model.save(tmp_path, card="", dtype=torch.float32)
+    named = load_acoustic_model(f"{tmp_path}#llm")
+    assert named.vocabulary.digest() == model.ctc.vocabulary.digest()
+    assert named.seconds_per_frame == model.ctc.encoder.seconds_per_frame * ADAPTERS[adapter].factor
+    for out in (heard, named.log_probs_of(AUDIOS)):
+        for row, n, wanted in zip(out.log_probs, out.lengths.tolist(), found, strict=True):
+            torch.testing.assert_close(row[:n], wanted, atol=1e-3, rtol=1e-3)
+    plainly = load_acoustic_model(tmp_path)
+    assert plainly.log_probs_of(AUDIOS).log_probs.shape[1] > heard.log_probs.shape[1], "the encoder's own head is another one"
+    long = named.log_probs_of([noise(40.0, 3)])
+    assert int(long.lengths[0]) == pytest.approx(40.0 / named.seconds_per_frame, abs=2)
+
+
+def test_a_ctc_head_on_the_language_model_is_refused_where_it_makes_no_sense(tmp_path: Path) -> None:
+    for dims in ({"attention": "cross"}, {"attention": "merged"}, {"adapter": AdapterDims("words")}):
+        with pytest.raises(ValueError, match="audio_head wants attention=prefix and an adapter of kind concat or conv"):
+            SpeechLlmDims(audio_head=True, **dims)  # type: ignore[arg-type]
+    tiny().save(tmp_path, card="")
+    with pytest.raises(ModelError, match=r"has no CTC head on its language model: train one with llm.dims.audio_head=true"):
+        load_acoustic_model(f"{tmp_path}#llm")
+
+
 def test_an_encoder_at_rest_hears_the_same_in_training() -> None:
     model = tiny(encoder="rest")
     state = {name: x.clone() for name, x in model.ctc.state_dict().items()}
@@ -602,6 +696,33 @@ def test_what_cannot_be_built_or_heard_is_refused(tmp_path: Path) -> None:
         SpeechLlm.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [(PhiConfig, False), (CohereConfig, False), (GlmConfig, False), (Olmo2Config, False), (StableLmConfig, False), (Qwen3Config, True)],
+)
+def test_merged_wants_keys_that_are_turned_as_they_are_here(config: Any, known: bool) -> None:
+    """Partial and interleaved rotary embeddings and other norms are refused; what is taken gives the plain forward's scores."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 256, "head_dim": 8}
+    torch.manual_seed(0)
+
+    def built(attention: str) -> SpeechLlm:
+        lm = AutoModelForCausalLM.from_config(config(vocab_size=tokenizer().size, **shape, **special, initializer_range=0.3))
+        return trained(SpeechLlm(tiny_ctc(), lm, tokenizer(), SpeechLlmDims(attention=attention, learns="all")).eval())  # type: ignore[arg-type]
+
+    labels = texts_of(tiny())
+    for attention in ("prefix", "cross"):
+        model = built(attention)
+        assert scores(model, AUDIOS, labels).tolist() == pytest.approx(in_training(model, AUDIOS, labels), abs=2e-3)
+    if known:
+        model = built("merged")
+        wanted = [score_of(model, sound_of(model, x), y) for x, y in zip(AUDIOS, labels, strict=True)]
+        assert scores(model, AUDIOS, labels).tolist() == pytest.approx(wanted, abs=2e-3)
+    if not known:
+        with pytest.raises(ModelError, match=r"not known here \(partial or interleaved .*use attention=prefix or attention=cross$"):
+            built("merged")
+
+
 def test_models_whose_layers_are_not_known_can_be_prefixed() -> None:
     config = OPTConfig(
         vocab_size=tokenizer().size, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2, word_embed_proj_dim=16
@@ -611,7 +732,4 @@ def test_models_whose_layers_are_not_known_can_be_prefixed() -> None:
             SpeechLlm(tiny_ctc(), OPTForCausalLM(config), tokenizer(), SpeechLlmDims(attention=attention, learns="all"))
     model = trained(SpeechLlm(tiny_ctc(), OPTForCausalLM(config), tokenizer(), SpeechLlmDims(learns="all")).eval())
     labels = texts_of(model)
-    with torch.no_grad():
-        out = forward(model, AUDIOS, labels)
-    sums = [float(chosen(x.log_softmax(-1)[: len(y) + 1], y, model.vocabulary.eos).sum()) for x, y in zip(out.logits, labels, strict=True)]
-    assert scores(model, AUDIOS, labels).tolist() == pytest.approx(sums, abs=3e-4)
+    assert scores(model, AUDIOS, labels).tolist() == pytest.approx(in_training(model, AUDIOS, labels), abs=3e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from duolect.config import digest, from_json, to_json, with_overrides
 from duolect.data.filter import DataError, Labelled, usable
 from duolect.data.pieces import train_pieces
 from duolect.data.sources import open_source
+from duolect.data.utterance import load_audio
 from duolect.models.adapters import AdapterDims
 from duolect.models.aed import AedModel, load_attention_model
 from duolect.models.attention_decoder import DecoderDims
@@ -59,8 +61,8 @@ GOLDEN = {
     "librispeech_aed_base": "f9623beb7d",
     "loquacious_aed": "4f5baea8c4",
     "continued": "f6dd38ee57",
-    "speech_llm": "f7e6185088",
-    "loquacious_speech_llm": "96fa12629c",
+    "speech_llm": "2a2c5c7293",
+    "loquacious_speech_llm": "8b31ba721d",
 }
 """Digests of the resolved experiments: a recipe changes on purpose only, and then this line and docs/RESULTS.md change with it."""
 
@@ -170,7 +172,13 @@ def test_a_speech_llm_on_kept_frames_goes_on_to_the_bit_and_holds_what_learned(
 ) -> None:
     made = replace(speech_llm(data, parts, encoder="rest"), learning=Learning(batch_seconds=8.0, decoder_check=3, kept_versions=2))
     figures = straight_and_resumed(made, tmp_path, monkeypatch)
-    assert figures.keys() == {"dev WER", "dev ce", "dev decoder WER", "dev runaway", "held-out WER", "held-out ce"}
+    assert figures.keys() == {
+        "dev WER",
+        "dev ce",
+        "held-out WER",
+        "held-out ce",
+        *(f"dev {x}" for x in ("decoder WER", "runaway", "attention on audio")),
+    }
     folder = tmp_path / "straight" / "model"
     stored = load_file(folder / "model.safetensors")
     assert {name for name in stored if not name.startswith("adapter.")} == {
@@ -203,6 +211,17 @@ def test_a_speech_llm_whose_encoder_learns_has_its_ctc_losses(data: Path, parts:
     assert changed == {f"layers.{i}.attention.query.weight" for i in (0, 1)}
     head = load_acoustic_model(f"{tmp_path / 'model'}#1")
     assert head.vocabulary.digest() == tokenizer().digest() and head.vocabulary.size == tokenizer().size + 1
+
+
+def test_a_ctc_head_on_the_language_model_learns_beside_it(data: Path, parts: dict[str, Path], tmp_path: Path) -> None:
+    made = speech_llm(data, parts, encoder="rest", adapter=AdapterDims("concat"), audio_head=True)
+    figures = run(replace(made, training=replace(made.training, steps=12, validate_every=4)), tmp_path, world=World())
+    assert {"dev ce", "dev ctc_llm"} <= figures.keys() and "dev ctc" not in figures
+    lines = [json.loads(x)["validation"]["dev ctc_llm"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines() if "validation" in x]
+    assert lines[-1] < lines[0]
+    head = load_acoustic_model(f"{tmp_path / 'model'}#llm")
+    assert head.vocabulary.digest() == CtcModel.load(parts["ctc"]).vocabulary.digest()
+    assert load_acoustic_model(tmp_path / "model").log_probs_of([np.zeros(16000, np.float32)]).log_probs.shape[0] == 1
 
 
 def test_a_speech_llm_goes_on_from_another_ones_folder(data: Path, parts: dict[str, Path], tmp_path: Path) -> None:
@@ -298,6 +317,41 @@ def test_kept_frames_of_a_speech_llm_are_those_of_the_whole_model(data: Path, pa
     assert found == pytest.approx([found[0]] * 4, rel=1e-3)
 
 
+def test_context_words_are_drawn_anew_in_each_epoch_and_heard(data: Path, parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duolect.train.asr.CONTEXT_LETTERS", 3)
+    llm, vocabulary = load_language_model(parts["llm"])
+    model = SpeechLlm(CtcModel.load(parts["ctc"]), llm, vocabulary, SpeechLlmDims(before="the {context} that", encoder="rest")).eval()
+    items = usable(open_source(data).utterances, model.ctc.vocabulary, seconds_per_frame=0.04).items
+    task = AsrTask(model, Learning(batch_seconds=8.0), [(Corpus("x", augment=Augmentation((1.0,), 0.0, spec=None)), items)], {}, seed=0)
+    known, drawn = {x for x in " ".join(TEXTS).split() if len(x) > 2}, []
+    for epoch in range(12):
+        for micro in (update[0] for update in task.plan(epoch, 1)):
+            batch, again = (task.load(micro, Place(epoch=epoch)) for _ in range(2))
+            assert batch and again and batch.context == again.context and len(batch.context) == len(micro)
+            drawn += [
+                (heard.item.utterance.id, set((heard.item.utterance.text or "").split()), x)
+                for heard, x in zip(micro, batch.context, strict=True)
+            ]
+    assert len({x for i, _, x in drawn if i == "3"}) > 6, "other ones in other epochs"
+    assert all(len(set(x)) == len(x) <= 13 and set(x) <= known for _, _, x in drawn)
+    assert 0.2 < sum(not x for _, _, x in drawn) / len(drawn) < 0.4
+    assert sum(bool(own & set(x)) for _, own, x in drawn) > sum(bool(drawn[i - 7][1] & set(x)) for i, (_, _, x) in enumerate(drawn))
+    batch = task.load(task.plan(0, 1)[0][0], Place())
+    assert batch and any(batch.context)
+    alone = 0.0
+    for heard, words in zip(task.plan(0, 1)[0][0], batch.context, strict=True):
+        fixed = replace(model.dims, before=f"the {', '.join(words)} that")
+        task.model = task._network = copy.copy(model)
+        task.model.dims, task.model.takes_context = fixed, False
+        task.model.prompts = task.model.prompts_with(())
+        one = task.load([heard], Place())
+        assert one and not one.context
+        alone += float(task.losses(one)["ce"].detach())
+    task.model = task._network = model
+    assert float(task.losses(batch)["ce"].detach()) == pytest.approx(alone, rel=1e-4)
+    assert float(task.losses(replace(batch, context=()))["ce"].detach()) != pytest.approx(alone, rel=1e-3)
+
+
 def test_segmentations_are_drawn_anew_each_epoch(data: Path, tmp_path: Path) -> None:
     vocabulary = _units(data, tmp_path)
     items = usable(open_source(data).utterances, vocabulary, seconds_per_frame=0.04).items
@@ -390,3 +444,29 @@ def test_kept_frames_do_not_go_with_workers(data: Path, tmp_path: Path) -> None:
     made = experiment(data, learning=Learning(kept_versions=1), training=replace(QUICK, workers=2))
     with pytest.raises(TrainError, match=r"set training\.workers=0"):
         run(made, tmp_path / "out", world=World())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["prefix", "merged", "cross"])
+def test_validation_of_a_speech_llm_tells_how_much_it_attends_to_audio(data: Path, parts: dict[str, Path], attention: Any) -> None:
+    llm, vocabulary = load_language_model(parts["llm"])
+    dims = SpeechLlmDims(attention=attention, before="the", encoder="rest")
+    model = SpeechLlm(CtcModel.load(parts["ctc"]), llm, vocabulary, dims).eval()
+    items = usable(open_source(data).utterances, model.ctc.vocabulary, seconds_per_frame=0.04).items[:3]
+    task = AsrTask(model, Learning(decoder_check=3), [], {"dev": items}, seed=0)
+    whole = task.validate(0, 1)
+    if attention == "cross":
+        assert "dev attention on audio" not in whole
+        return
+    # Where keys are all the same, every position that is seen gets as much.
+    for layer in model.layers:
+        layer.self_attn.k_proj.weight.data.zero_()  # type: ignore[union-attr]
+    even, shares = task.validate(0, 1)["dev attention on audio"], []
+    for item in items:
+        text = len(vocabulary.encode(item.utterance.text or "")) + 1
+        audio, before = int(model.scorer([load_audio(item.utterance)]).lengths[0]), len(model.prompts[0])
+        shares.append(np.mean([audio / (before + audio + seen) for seen in range(1, text + 1)]))
+    assert even.value == pytest.approx(100 * np.mean(shares), rel=1e-4) and even.count == 3
+    assert whole["dev attention on audio"].value != pytest.approx(even.value, rel=1e-3)
+    halves = [task.validate(rank, 2)["dev attention on audio"] for rank in (0, 1)]
+    assert sum(x.sum for x in halves) == pytest.approx(even.sum) and sum(x.count for x in halves) == 3

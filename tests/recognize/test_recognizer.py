@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -23,9 +24,9 @@ from duolect.models import ModelError
 from duolect.models.priors import PRIORS_FILE, PriorError
 from duolect.recognize.decoding import WRITTEN, Greedy, Language, Prior, TimeSynchronous
 from duolect.recognize.files import INDEX, ResumeError, Transcripts, decode_to_files, written
-from duolect.recognize.models import Models
+from duolect.recognize.models import Models, free_memory
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
-from duolect.recognize.recognizer import Recognizer, Segment, timed_words
+from duolect.recognize.recognizer import MEMORY_SHARE, Recognizer, Segment, timed_words
 from duolect.scorer import Hypothesis, Recognized, read_hypotheses
 from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError
 from duolect.search.rescore import labels_for, labels_of_text, rescored
@@ -69,6 +70,53 @@ def test_each_named_decoding_gives_the_same_in_any_batch(zoo, models, name):
         for h, g in zip(a.nbest, b.nbest, strict=True):
             assert dict(h.parts) == pytest.approx(dict(g.parts), abs=1e-3)
             assert set(h.parts) == set(scales)
+
+
+@pytest.mark.parametrize("name", ["sllm", "sllm-draft", "sllm+ctc-time"])
+def test_phrases_that_are_expected_stand_in_the_prompt_of_a_speech_llm(zoo, models, tmp_path, name):
+    """As if they had been written there by hand; a model without a place for them hears nothing of them."""
+    x = ingredients(zoo)
+    model, found = models.attention(x.speech_llm), []
+    for before, context in (("ab {context}", {"Bab": 1.0, "bb a": 2.0}), ("ab bab, bb a", {}), ("ab ", {}), ("ab ", {"Bab": 1.0})):
+        model.dims = replace(model.dims, before=before)
+        model.save(tmp_path / before, card="", dtype=torch.float32)
+        decoding = decoding_of(name, replace(x, speech_llm=str(tmp_path / before), context=context, context_scale=0.0))
+        assert "context" not in decoding.terms, "the prompt alone"
+        lines = recognized(Recognizer(models, str(zoo["am"]), {name: decoding}), zoo, name)
+        found.append([[(h.labels, round(h.parts["sllm"], 3)) for h in line.nbest] for line in lines])
+    assert found[0] == found[1] != found[2] == found[3]
+
+
+@pytest.mark.parametrize("name", ["sllm", "aed+ctc-label", "rescore", "delayed-prior", "sllm-draft"])
+def test_batches_are_split_by_a_plan_of_memory(zoo, models, monkeypatch, name):
+    with_whisper(models)
+    decoding, said = decoding_of(name, ingredients(zoo)), []
+    models.say = said.append
+    recognizer = Recognizer(models, str(zoo["am"]), {name: decoding, "ctc-greedy": Greedy()}, batch_seconds=100)
+    whole, sizes = recognized(recognizer, zoo, name), list[list[float]]()
+    assert not any("GiB" in text for text in said), "the machine has as much memory as a tiny model needs"
+    original = type(decoding).run
+    monkeypatch.setattr(
+        type(decoding), "run", lambda self, batch: [sizes.append([len(x) / 16000 for x in batch.audios]), original(self, batch)][1]
+    )
+
+    def asked(seconds: float) -> int:
+        return decoding.bytes_of(models, str(zoo["am"]), seconds=seconds)
+
+    room = 3 * asked(1.0)
+    for free, least in ((room, 3), (1, len(TEXTS))):  # of one byte nothing fits, and each utterance is tried alone
+        said.clear()
+        models._said.clear()
+        monkeypatch.setattr("duolect.recognize.recognizer.free_memory", lambda device, free=free: free / MEMORY_SHARE)
+        found = recognized(recognizer, zoo, name)
+        recognized(recognizer, zoo, name)  # nothing is said again
+        assert [h.labels for r in found for h in r.nbest] == [h.labels for r in whole for h in r.nbest]
+        assert len(sizes) >= 2 * least and sorted(x for part in sizes for x in part) == sorted(2 * [r.fields["duration"] for r in whole])
+        assert all(len(part) == 1 or len(part) * max(map(asked, part)) <= free for part in sizes)
+        assert free == 1 or any(len(part) > 1 for part in sizes)
+        (text,) = [text for text in said if "GiB" in text]
+        assert text.startswith(f"{len(TEXTS)} utterances at once may need ") and f"searching {max(map(len, sizes))} at most" in text
+        sizes.clear()
 
 
 def test_several_decodings_share_one_encoding_and_keep_apart(zoo, models):
@@ -428,3 +476,7 @@ def test_a_tokenizer_that_merges_across_spaces_rescores_whole_texts(zoo, models,
     text = "ab abba ba"
     (found,) = rescored([[Hypothesis((), text, {})]], name="llm", scorer=lm, labels=labels_for(vocabulary, []))
     assert found[0].parts["llm"] == pytest.approx(lm_from_scratch(lm, vocabulary.encode(text)), abs=1e-4)
+
+
+def test_free_memory_is_that_of_the_machine():
+    assert 2**20 < free_memory("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -52,7 +52,8 @@ class ModelOptions:
     prompt: str = ""
     """Text the language model reads before every transcript: a topic, names, a sentence in the right style."""
     context: UseAppendAction[tuple[str, ...]] = ()
-    """A phrase to expect (a name, a term), or a file of one a line, each line with a weight behind a tab if you like."""
+    """A phrase to expect (a name, a term), or a file of one a line, each line with a weight behind a tab if you like; a speech LLM
+    whose prompt has a place for them reads them, too."""
     context_scale: float = 1.0
     """Bonus of a phrase in nats for each of its letters (times its weight)."""
     device: str = "auto"
@@ -73,6 +74,7 @@ def recognizer_for(
 ) -> Recognizer:
     """A recognizer of named decodings; its scales are said. warn: lines of the corpus, in case the scales were tuned on them."""
     quiet()
+    from duolect.recognize.decoding import Attention
     from duolect.recognize.models import Models
     from duolect.recognize.presets import decoding_of
     from duolect.recognize.recognizer import Recognizer
@@ -82,7 +84,11 @@ def recognizer_for(
     decodings = {name: _chosen(which, options, models) for name, which in decodings.items()}
     ingredients = _ingredients(options, models, decodings.values(), warn)
     made = {name: decoding_of(which, ingredients, overrides) for name, which in decodings.items()}
-    for name in (name for name, decoding in made.items() if ingredients.context and "context" not in decoding.terms):
+    for name, decoding in made.items() if ingredients.context else ():
+        if "context" in decoding.terms or any(
+            isinstance(t, Attention) and models.attention(t.model).takes_context for t in decoding.terms.values()
+        ):
+            continue
         models.say(f"warning: --context does nothing in {decodings[name]}, which does not search: use ctc, delayed, labelwise, aed, ...")
     return Recognizer(models, options.am, made, batch_seconds=options.batch_seconds, word_times=word_times)
 

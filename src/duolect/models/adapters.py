@@ -94,13 +94,17 @@ class Adapter(nn.Module):
             out = self.linear(frames)
         return out * frame_mask(lengths, out.shape[1])[..., None], lengths
 
+    def positions(self, frames: int) -> int:
+        """How many positions so many frames become; where CTC labels decide, it is as many as the frames at most."""
+        return -(-frames // self.dims.factor) if self.dims.kind in ("concat", "conv") else frames
+
     def middles(self, encoded: Encoded, ctc: CtcOutput) -> list[float]:
         """When each position of a batch's first utterance is heard, in frames from the begin: the middle of its frames.
 
         A word with more labels than frames leaves positions without: they are heard with the one before.
         """
         if self.dims.kind in ("concat", "conv"):
-            return [(i + 0.5) * self.dims.factor for i in range(-(-int(encoded.lengths[0]) // self.dims.factor))]
+            return [(i + 0.5) * self.dims.factor for i in range(self.positions(int(encoded.lengths[0])))]
         if self.dims.kind == "words":
             segment, _, lengths = self._written(encoded, ctc)
         else:

@@ -5,6 +5,7 @@ Their decoders attend to the audio and are otherwise causal language models.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +23,10 @@ from duolect.audio.io import SAMPLE_RATE
 from duolect.models import ModelError, Precision, loading
 from duolect.models.attention_decoder import AttentionDecoder, DecoderDims, histories
 from duolect.models.cache import Trie
-from duolect.models.ctc import CtcModel, FolderModel, Heads, kind_of, load_weights, read_config
+from duolect.models.ctc import CtcModel, CtcOutput, FolderModel, Heads, kind_of, load_weights, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.encoders import Encoded, Encoder, frame_mask
-from duolect.models.packed import NewNodes, NodeLayer, node_cache, packing, run_packed, use_packed_attention
+from duolect.models.packed import NewNodes, NodeLayer, bytes_per_position, node_cache, packing, run_packed, use_packed_attention
 from duolect.models.windows import Windowing
 from duolect.vocabulary import SentencePieceVocabulary, TokenizerVocabulary, Vocabulary
 
@@ -37,14 +38,23 @@ ENGLISH_ONLY_ROWS = 51864
 
 
 class AttentionModel(ABC):
-    """A decoder that hears: it makes one Scorer per batch of audio. written: how its text looks."""
+    """A decoder that hears: it makes one Scorer per batch of audio. written: how its text looks. takes_context: see `told`."""
 
     vocabulary: Vocabulary
+    takes_context: bool = False
     written: Literal["sentence", "lower"] = "sentence"
+
+    def told(self, words: Sequence[str]) -> AttentionModel:
+        """The model with words and phrases that may come, which it reads where it takes context; it shares the weights. ModelError."""
+        return self
 
     @abstractmethod
     def scorer(self, audios: Sequence[np.ndarray]) -> DecoderScorer:
         """log p(labels | audio) for a batch of samples [N], float32 mono 16 kHz; ModelError where one is longer than the model hears."""
+
+    @abstractmethod
+    def bytes_of(self, *, seconds: float, labels: int) -> int:
+        """Bytes of the keys and values of audio of so many seconds and so many labels, those of a beam's hypotheses together."""
 
     @abstractmethod
     def internal(self, rows: int) -> DecoderScorer:
@@ -87,12 +97,14 @@ class AudioScorer(DecoderScorer):
 
 @dataclass(frozen=True)
 class AedOutput:
-    """What a training pass gives: the CTC heads, and the decoder's logits [B, L + 1, V] (aux by layer) for targets [B, L + 1]."""
+    """What a training pass gives: the CTC heads, and the decoder's logits [B, L + 1, V] (aux by layer) for targets [B, L + 1]; heard:
+    what a CTC head on the decoder's states at the audio says."""
 
     heads: Heads
     logits: Tensor
     aux: Mapping[int, Tensor]
     targets: Tensor
+    heard: CtcOutput | None = None
 
 
 class AedModel(FolderModel, AttentionModel):
@@ -123,6 +135,10 @@ class AedModel(FolderModel, AttentionModel):
         return AedScorer(
             self, encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds, dtype=self.decoder.embedding.weight.dtype)
         )
+
+    def bytes_of(self, *, seconds: float, labels: int) -> int:
+        dims, frames = self.decoder.dims, math.ceil(seconds / self.ctc.encoder.seconds_per_frame)
+        return 2 * dims.layers * dims.dim * self.decoder.embedding.weight.dtype.itemsize * (frames + 1 + labels)
 
     @torch.no_grad()
     def internal(self, rows: int) -> AedScorer:
@@ -215,6 +231,10 @@ class WhisperAed(AttentionModel):
         padded = [torch.nn.functional.pad(torch.from_numpy(a), (0, size - len(a))).to(weight.device) for a in audios]
         features = torch.stack([whisper_log_mel(a, mels=mels) for a in padded]).transpose(1, 2).to(weight.dtype)
         return WhisperScorer(self, self.model.model.encoder(features).last_hidden_state)
+
+    def bytes_of(self, *, seconds: float, labels: int) -> int:
+        positions = self.model.config.max_source_positions + len(self.prompt) + labels  # whatever the seconds
+        return bytes_per_position(self.model.config, self.output.weight.dtype) * positions
 
     @torch.no_grad()
     def internal(self, rows: int) -> WhisperScorer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -138,16 +138,20 @@ class CtcModel(FolderModel, AcousticModel):
     def place(self, device: str) -> None:
         self.to(device)
 
-    @torch.no_grad()
     def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
+        return self.in_windows(audios, self.windowing(), self)
+
+    @torch.no_grad()
+    def in_windows(self, audios: Sequence[np.ndarray], windowing: Windowing, heard: Callable[[Tensor, Tensor], CtcOutput]) -> CtcOutput:
+        """What `heard` says of features [B, F, mels] and lengths [B], of samples [N] of any length, in the model's labels."""
         device = self.head.weight.device
         features = [self.encoder.features(torch.as_tensor(audio, device=device)) for audio in audios]
 
         def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-            output = self(features, lengths)
+            output = heard(features, lengths)
             return output.log_probs, output.lengths
 
-        return _padded(self.windowing().over(features, run), self.vocabulary)
+        return _padded(windowing.over(features, run), self.vocabulary)
 
     def windowing(self) -> Windowing:
         """How long audio is cut, in feature frames."""
@@ -183,7 +187,7 @@ class CtcModel(FolderModel, AcousticModel):
         place = folder
         while source := read_config(place).get("sources", {}).get("ctc"):  # of a speech LLM whose encoder rested
             place = Path(resolve(source))
-        load_weights(model.weights(), place, ignore=("decoder.", "adapter.", "cross.", "llm."))
+        load_weights(model.weights(), place, ignore=("decoder.", "adapter.", "cross.", "audio_head.", "llm."))
         return model if head is None else model.ending_at(head)
 
     @classmethod
@@ -310,13 +314,17 @@ class HuggingFaceCtc(AcousticModel):
 def load_acoustic_model(name: str | Path) -> AcousticModel:
     """The CTC model of an embedded name (`duolect-ctc`), a model folder of ours, or a Hugging Face folder or hub id. Raises ModelError.
 
-    `folder#4`: the auxiliary head at layer 4 of a model of ours.
+    `folder#4`: the auxiliary head at layer 4 of a model of ours; `folder#llm`: the one of a speech LLM on its language model's states.
     """
     name, _, head = str(name).partition("#")
     place = resolve(name)
+    if head == "llm":
+        from duolect.models.speech_llm import AudioHead, SpeechLlm  # which need this file
+
+        return AudioHead(SpeechLlm.load(place))
     if head:
         if not head.isdecimal():
-            raise ModelError(f"{name}#{head}: expected the number of a layer behind #, such as {name}#4")
+            raise ModelError(f"{name}#{head}: expected the number of a layer behind #, such as {name}#4, or llm")
         return CtcModel.load(place, head=int(head))
     if Path(place).is_dir() and read_config(Path(place)).get("type") in ("ctc", "aed", "speech_llm"):
         return CtcModel.load(place)

@@ -17,7 +17,7 @@ from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.embedded import resolve
 from duolect.models.finetuned import KIND, load_fitted, written_of
 from duolect.models.ngram import NGRAM_FILES
-from duolect.models.packed import NewNodes, node_cache, run_packed, use_packed_attention
+from duolect.models.packed import NewNodes, bytes_per_position, node_cache, run_packed, use_packed_attention
 from duolect.vocabulary import VOCABULARY_FILE, TokenizerVocabulary, Vocabulary, VocabularyError, load_vocabulary
 
 
@@ -52,6 +52,10 @@ class HFCausalLM(DecoderScorer):
             return cls(heard.llm, heard.vocabulary, prompt=prompt)
         model, vocabulary = load_language_model(name, dtype=dtype)
         return cls(model.to(device), vocabulary, prompt=prompt)  # pyright: ignore[reportArgumentType]
+
+    def bytes_of(self, *, labels: int) -> int:
+        """Bytes of the keys and values of so many labels behind the prompt."""
+        return bytes_per_position(self.model.config, self.output.weight.dtype) * (len(self._prompts(1)[0]) + labels)
 
     def _cache(self, rows: int) -> Cache:
         return node_cache(self._layers)
@@ -113,7 +117,7 @@ def require_positions(count: int, most: int) -> None:
     if count > most:
         raise ModelError(
             f"a history of {count} positions is longer than the {most} that the language model attends to: split audio or text into "
-            "shorter pieces (in a speech LLM, an adapter of a larger factor also helps)"
+            "shorter pieces (in a speech LLM, an adapter of a larger factor or fewer context words also help)"
         )
 
 

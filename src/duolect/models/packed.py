@@ -153,6 +153,14 @@ def node_cache(layers: int) -> Cache:
     return Cache(layers=[NodeLayer() for _ in range(layers)])
 
 
+def bytes_per_position(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values that a decoder of transformers, by its config, holds of one position, in all layers."""
+    config = config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size * dtype.itemsize
+
+
 def gathered(cache: Cache, groups: Tensor, slots: Tensor) -> Cache:
     """A new cache of the nodes slots [G', N'] of groups [G']; what the groups attend to besides (audio) comes along whole."""
     if isinstance(cache, EncoderDecoderCache):

@@ -9,7 +9,9 @@ Legend: B utterances, L text positions, T audio positions, W width, H heads, S h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from duolect.audio.features import SECONDS_PER_FRAME
 from duolect.config import from_json, registered, to_json
 from duolect.models import ModelError, Precision
 from duolect.models.adapters import Adapter, AdapterDims
@@ -27,16 +30,21 @@ from duolect.models.aed import AedModel, AedOutput, AttentionModel, encoded_whol
 from duolect.models.attention_decoder import histories
 from duolect.models.cache import Trie
 from duolect.models.cross_attention import CrossAttention, Heard
-from duolect.models.ctc import CtcModel, FolderModel, Heads, load_weights, read_config
+from duolect.models.ctc import AcousticModel, CtcModel, CtcOutput, FolderModel, Heads, load_weights, read_config
 from duolect.models.decoder import DecoderScorer
 from duolect.models.embedded import resolve
 from duolect.models.encoders import frame_mask
 from duolect.models.finetuned import let_learn
 from duolect.models.lm import HFCausalLM, load_language_model, longest_history, output_layer, require_positions
 from duolect.models.lora import Lora, add_lora, merge_lora, merged_state
-from duolect.models.packed import NewNodes, node_cache, packing, run_packed
+from duolect.models.merged import keys_values, layers_of, require_known_keys
+from duolect.models.packed import NewNodes, bytes_per_position, node_cache, packing, run_packed
 from duolect.models.rehead import Initial, label_embeddings, rehead, tied_name
 from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
+
+CONTEXT = "{context}"
+Contexts = Sequence[Sequence[str]]
+"""Words that may come, by utterance."""
 
 
 @registered
@@ -44,12 +52,14 @@ from duolect.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabul
 class SpeechLlmDims:
     """How the language model hears and what of it learns.
 
-    before, after: prompts around the audio. begin: the text, of one label, that a transcript begins with in place of the model's bos, which
-    some models look across as little as across the end of a document. bidirectional: audio positions see each other in both directions
+    before, after: prompts around the audio; `{context}` in them stands for words that may come, with commas (training draws them from the
+    transcripts). begin: the text, of one label, that a transcript begins with in place of the model's bos, which some models look across
+    as little as across the end of a document. bidirectional: audio positions see each other in both directions
     (prefix only). encoder: whether the CTC model learns, with low-rank paths in its encoder, or rests. learns: of the language model:
     `all`, low-rank paths (`lora`) or `nothing` but what was added to it; embeddings: whether its embeddings may learn. units: its own
     labels, or those of the CTC head with new embeddings (see rehead). pretrained: false for random weights. recompute: activations are
-    computed again in the backward pass, for memory.
+    computed again in the backward pass, for memory. audio_head: a CTC head, of the CTC model's labels, on the language model's states at
+    the audio (prefix, and an adapter of evenly spaced positions): a loss in training, an acoustic model by the name `folder#llm`.
     """
 
     attention: Literal["prefix", "merged", "cross"] = "prefix"
@@ -67,8 +77,14 @@ class SpeechLlmDims:
     initial: Initial = "pieces"
     pretrained: bool = True
     recompute: bool = False
+    audio_head: bool = False
 
     def __post_init__(self) -> None:
+        if self.audio_head and (self.attention != "prefix" or self.adapter.kind not in ("concat", "conv")):
+            raise ValueError(
+                f"audio_head wants attention=prefix and an adapter of kind concat or conv, whose positions are evenly spaced; found "
+                f"attention={self.attention}, kind {self.adapter.kind}"
+            )
         if self.bidirectional and self.attention != "prefix":
             raise ValueError(f"bidirectional audio is of attention=prefix; in {self.attention} audio positions do not attend at all")
         if self.recompute and self.attention == "merged":
@@ -123,15 +139,27 @@ class SpeechLlm(FolderModel, AttentionModel):
         self.cross = nn.ModuleList(CrossAttention(width, heads, i) for i in range(count))
         for number in range(count):
             self.layers[number].register_forward_pre_hook(self.cross[number].before, with_kwargs=True)  # type: ignore[arg-type]
-        if dims.attention == "merged":  # raises ModelError where the layers are not known
-            next(self.keys_values(matrix.new_zeros(1, 1, width), torch.zeros(1, 1, dtype=torch.long, device=matrix.device)))
+        self.audio_head = nn.ModuleList([nn.Linear(width, ctc.vocabulary.size)] if dims.audio_head else [])
+        if dims.attention == "merged":
+            require_known_keys(llm)
         if dims.recompute:
             llm.gradient_checkpointing_enable({"use_reentrant": False})
         begin = vocabulary.encode(dims.begin) if dims.begin else [vocabulary.bos]
         if len(begin) != 1:
             raise ModelError(f"begin={dims.begin!r} is {len(begin)} labels of the language model, expected one, such as a line break")
         self.begin = begin[0]
-        self.prompts = [vocabulary.encode(text) if text.strip() else [] for text in (dims.before, dims.after)]
+        self.prompts, self.takes_context = self.prompts_with(()), CONTEXT in dims.before + dims.after
+
+    def prompts_with(self, words: Sequence[str]) -> list[list[int]]:
+        """The labels of the prompts before and after the audio, with words that may come where they have a place for them."""
+        texts = (x.replace(CONTEXT, ", ".join(words).lower()) for x in (self.dims.before, self.dims.after))
+        return [self.vocabulary.encode(text) if text.strip() else [] for text in texts]
+
+    def told(self, words: Sequence[str]) -> SpeechLlm:
+        model = copy.copy(self)
+        model.prompts = self.prompts_with(words)
+        require_positions(sum(map(len, model.prompts)), self.longest)
+        return model
 
     def train(self, mode: bool = True) -> SpeechLlm:
         super().train(mode)
@@ -147,86 +175,82 @@ class SpeechLlm(FolderModel, AttentionModel):
     @property
     def layers(self) -> Sequence[nn.Module]:
         """The language model's layers, as the families of transformers name them."""
-        found = getattr(self.decoder, "layers", None) or getattr(self.decoder, "h", None)
-        if found is None:
-            raise ModelError(f"{type(self.llm).__name__} has no list of layers that is known here: use attention=prefix")
-        return found
+        return layers_of(self.llm)
 
     @property
     def embeddings(self) -> nn.Embedding:
         """The language model's input embeddings."""
         return self.llm.get_input_embeddings()  # pyright: ignore[reportReturnType]
 
-    def forward(self, features: Tensor, lengths: Tensor, labels: Tensor, sizes: Tensor, *, hidden: Tensor | None = None) -> AedOutput:
-        """All outputs for features [B, F, mels] and labels [B, L], of which sizes [B] are real, from one encoder pass."""
-        return self.of_heads(self.ctc.heads(features, lengths, hidden=hidden), labels, sizes)
+    def forward(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        labels: Tensor,
+        sizes: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        context: Contexts = (),
+    ) -> AedOutput:
+        """All outputs for features [B, F, mels] and labels [B, L], of which sizes [B] are real, from one encoder pass; context: words for
+        the prompts of each utterance, () for the model's own."""
+        return self.of_heads(self.ctc.heads(features, lengths, hidden=hidden), labels, sizes, context=context)
 
-    def of_heads(self, heads: Heads, labels: Tensor, sizes: Tensor) -> AedOutput:
+    def of_heads(self, heads: Heads, labels: Tensor, sizes: Tensor, *, context: Contexts = ()) -> AedOutput:
         """The same behind an encoder pass that was made before."""
         audio, lengths = self.adapter(heads.encoded, heads.main, self.embeddings)
         history, targets = histories(labels, sizes, bos=self.begin, eos=self.vocabulary.eos)
-        decoded = self.hidden(audio.to(self.embeddings.weight.dtype), lengths, history)
-        return AedOutput(heads, output_layer(self.llm, self.vocabulary)(decoded), {}, targets)
+        sounds, decoded = self._states(audio.to(self.embeddings.weight.dtype), lengths, history, context)
+        heard = self._heard(sounds, lengths) if self.audio_head else None
+        return AedOutput(heads, output_layer(self.llm, self.vocabulary)(decoded), {}, targets, heard)
 
     def hidden(self, audio: Tensor, lengths: Tensor, history: Tensor) -> Tensor:
         """[B, L, W] last hidden states behind histories [B, L] that begin with bos, after prompts and audio [B, T, W], lengths [B]."""
-        (before, after), rows = (self._prompt(x, len(audio)) for x in self.prompts), len(audio)
-        if self.dims.attention == "prefix":
-            text = torch.cat([after, self.embeddings(history)], 1)
-            parts = [torch.cat([before[b], audio[b, : int(n)], text[b]]) for b, n in enumerate(lengths)]
-            first = before.shape[1] + lengths + after.shape[1]
-            joined = nn.utils.rnn.pad_sequence(parts, batch_first=True)
-            require_positions(joined.shape[1], self.longest)
-            mask = self._both_ways(lengths, joined.shape[1]) if self.dims.bidirectional else None
-            out = self.decoder(inputs_embeds=joined, attention_mask=mask, use_cache=False).last_hidden_state
-            place = first[:, None] + torch.arange(history.shape[1], device=history.device)
-            return out[torch.arange(rows, device=out.device)[:, None], place]
-        text = torch.cat([before, after, self.embeddings(history)], 1)
-        behind = before.shape[1] + after.shape[1]
+        return self._states(audio, lengths, history, ())[1]
+
+    def audio_ctc(self, heads: Heads) -> CtcOutput:
+        """What the CTC head on the language model's states says of an encoder pass."""
+        audio, lengths = self.adapter(heads.encoded, heads.main, self.embeddings)
+        none = torch.zeros(len(audio), 0, dtype=torch.long, device=audio.device)
+        return self._heard(self._states(audio.to(self.embeddings.weight.dtype), lengths, none, ())[0], lengths)
+
+    def _heard(self, states: Tensor, lengths: Tensor) -> CtcOutput:
+        (head,) = self.audio_head
+        return CtcOutput(head(states.float()).float().log_softmax(-1), lengths)
+
+    def _states(self, audio: Tensor, lengths: Tensor, history: Tensor, context: Contexts) -> tuple[Tensor, Tensor]:
+        """Last hidden states ([B, T, W] at the audio, of no meaning but in prefix; [B, L, W] behind each label of the histories)."""
+        prompts = [self.prompts_with(words) for words in context] or [self.prompts] * len(audio)
+        ids = [[torch.tensor(x, dtype=torch.long, device=audio.device) for x in prompt] for prompt in prompts]
+        among = lengths if self.dims.attention == "prefix" else torch.zeros_like(lengths)  # audio positions among the text's
+        parts = [
+            torch.cat([self.embeddings(before), sound[: int(n)], self.embeddings(after), text])
+            for (before, after), sound, n, text in zip(ids, audio, among, self.embeddings(history), strict=True)
+        ]
+        joined = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        begin, behind = lengths.new_tensor([[len(x) for x in prompt] for prompt in prompts]).unbind(1)
+        places, options = torch.arange(joined.shape[1], device=audio.device)[None], dict[str, Any]()
+        later = (places >= begin[:, None]).long()  # than where audio begins
         if self.dims.attention == "cross":
-            heard = Heard(self.heard(audio), frame_mask(lengths, audio.shape[1])[:, None, None])
-            return self.decoder(inputs_embeds=text, use_cache=False, heard=heard).last_hidden_state[:, behind:]
-        places = torch.arange(text.shape[1], device=text.device)[None]
-        seen = (places >= before.shape[1])[..., None] & frame_mask(lengths, audio.shape[1])[:, None]
-        causal = (places <= places.T).expand(rows, -1, -1)
-        cache = DynamicCache()
-        heard = before.shape[1] + torch.arange(audio.shape[1], device=text.device)[None]
-        for number, (key, value) in enumerate(self.keys_values(audio, heard)):
-            cache.update(key, value, number)
-        out = self.decoder(
-            inputs_embeds=text,
-            attention_mask=_additive(torch.cat([seen, causal], 2), text.dtype),
-            position_ids=places + torch.where(places >= before.shape[1], lengths[:, None], 0),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state[:, behind:]
+            options["heard"] = Heard(self.heard(audio), frame_mask(lengths, audio.shape[1])[:, None, None])
+        elif self.dims.attention == "merged":
+            cache, options["position_ids"] = DynamicCache(), places + later * lengths[:, None]
+            sounds = torch.arange(audio.shape[1], device=audio.device)[None]
+            for number, (key, value) in enumerate(keys_values(self.llm, audio, begin[:, None] + sounds)):
+                cache.update(key, value, number)
+            seen = (later > 0)[..., None] & frame_mask(lengths, audio.shape[1])[:, None]
+            causal = (places <= places.T).expand(len(audio), -1, -1)
+            options |= {"attention_mask": _additive(torch.cat([seen, causal], 2), joined.dtype), "past_key_values": cache}
+        elif self.dims.bidirectional:
+            inside = later.bool() & (places < (begin + lengths)[:, None])
+            options["attention_mask"] = _additive((places <= places.T) | (inside[:, :, None] & inside[:, None]), joined.dtype)
+        require_positions(int(options.get("position_ids", places).max()) + 1, self.longest)
+        out = self.decoder(inputs_embeds=joined, use_cache=self.dims.attention == "merged", **options).last_hidden_state
+        return _stretch(out, begin, audio.shape[1]), _stretch(out, begin + among + behind, history.shape[1])
 
     def heard(self, audio: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of audio [B, T, W] for the added layers, where there are any."""
         return [cross.heard(audio) for cross in self.cross]  # pyright: ignore[reportCallIssue]
-
-    def _prompt(self, labels: Sequence[int], rows: int) -> Tensor:
-        index = torch.tensor(labels, dtype=torch.long, device=self.embeddings.weight.device)
-        return self.embeddings(index)[None].expand(rows, -1, -1)
-
-    def _both_ways(self, lengths: Tensor, size: int) -> Tensor:
-        """[B, 1, S, S] additive mask: causal, and audio sees all audio."""
-        place, begin = torch.arange(size, device=lengths.device), len(self.prompts[0])
-        audio = (place >= begin) & (place < begin + lengths[:, None])
-        return _additive((place[:, None] >= place) | (audio[:, :, None] & audio[:, None]), self.embeddings.weight.dtype)
-
-    def keys_values(self, audio: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values [B, H, T, S] of audio [B, T, W] at positions [1, T], layer by layer, by the layers' own norms and projections."""
-        turn = getattr(self.decoder, "rotary_emb", None)
-        angles = None if turn is None else turn(audio, position_ids=positions)
-        for layer in self.layers:
-            key, value = _key_value(layer, audio)
-            if angles is not None:
-                cos, sin = (x[:, None] for x in angles)
-                a, b = key.chunk(2, -1)
-                key = key * cos + torch.cat([-b, a], -1) * sin
-            yield key, value
 
     @torch.no_grad()
     def scorer(self, audios: Sequence[np.ndarray]) -> SpeechLlmScorer:
@@ -234,13 +258,21 @@ class SpeechLlm(FolderModel, AttentionModel):
         audio, lengths = self.adapter(encoded, self.ctc.of_encoded(encoded).main, self.embeddings)
         return SpeechLlmScorer(self, audio.to(self.embeddings.weight.dtype), lengths)
 
+    def bytes_of(self, *, seconds: float, labels: int) -> int:
+        dtype, text = self.embeddings.weight.dtype, sum(len(x) for x in self.prompts) + 1 + labels
+        audio = self.adapter.positions(math.ceil(seconds / self.ctc.encoder.seconds_per_frame))
+        each = bytes_per_position(self.llm.config, dtype)
+        if self.dims.attention != "cross":
+            return each * (audio + text)
+        return each * text + 2 * len(self.cross) * self.embeddings.embedding_dim * dtype.itemsize * audio
+
     @torch.no_grad()
     def internal(self, rows: int) -> SpeechLlmScorer:
         weight = self.embeddings.weight  # the prompts, and no position of audio between them
         return SpeechLlmScorer(self, weight.new_zeros(rows, 0, weight.shape[1]), torch.zeros(rows, dtype=torch.long, device=weight.device))
 
     def parts(self) -> dict[str, nn.Module]:
-        return {"adapter": nn.ModuleList([self.adapter, self.cross]), "llm": self.llm}
+        return {"adapter": nn.ModuleList([self.adapter, self.cross, self.audio_head]), "llm": self.llm}
 
     def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a state dict by their names in a model folder: the CTC part is a CTC model's, what a source has anyway is left out."""
@@ -295,6 +327,27 @@ class SpeechLlm(FolderModel, AttentionModel):
         for part in (model.llm, model.cross):
             part.to(getattr(torch, dtype))
         return model.to(device).eval()
+
+
+class AudioHead(AcousticModel):
+    """The CTC head on the language model's states at the audio, as an acoustic model: text has no part in it. ModelError without one."""
+
+    def __init__(self, model: SpeechLlm) -> None:
+        if not model.audio_head:
+            raise ModelError("the speech LLM has no CTC head on its language model: train one with llm.dims.audio_head=true")
+        self.model, self.vocabulary = model, model.ctc.vocabulary
+        self.seconds_per_frame = model.ctc.encoder.seconds_per_frame * model.dims.adapter.factor
+
+    def place(self, device: str) -> None:
+        self.model.to(device)
+
+    def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
+        each, longest = round(self.seconds_per_frame / SECONDS_PER_FRAME), min(self.model.ctc.window_seconds, self.model.max_seconds)
+        return self.model.ctc.in_windows(
+            audios,
+            replace(self.model.ctc.windowing(), per_frame=each, seconds=longest),
+            lambda x, n: self.model.audio_ctc(self.model.ctc.heads(x, n)),
+        )
 
 
 Trainable = CtcModel | AedModel | SpeechLlm
@@ -352,7 +405,7 @@ class SpeechLlmScorer(DecoderScorer):
         hidden = torch.zeros_like(embedded)
         heard = _some(new, sounds)
         with packing(heard):
-            for number, (key, value) in enumerate(self.model.keys_values(embedded[sounds][None], heard.positions[None])):
+            for number, (key, value) in enumerate(keys_values(self.model.llm, embedded[sounds][None], heard.positions[None])):
                 trie.cache.update(key, value, number)
         hidden[~sounds] = self._run(trie, _some(new, ~sounds), embedded[~sounds])
         return hidden
@@ -375,24 +428,15 @@ def _both_ways(new: NewNodes, sounds: Tensor) -> NewNodes:
     return replace(new, visible=visible)
 
 
+def _stretch(x: Tensor, begin: Tensor, count: int) -> Tensor:
+    """[B, count, W] of x [B, S, W] from begin [B] on; beyond its end the last one repeats."""
+    place = (begin[:, None] + torch.arange(count, device=x.device)).clamp(max=x.shape[1] - 1)
+    return x[torch.arange(len(x), device=x.device)[:, None], place]
+
+
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, 1, L, S] additive mask of a boolean one [B, L, S]."""
     return torch.where(seen[:, None], 0.0, torch.finfo(dtype).min).to(dtype)
-
-
-def _key_value(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, T, S] that a layer would compute of its input x [B, T, W], before any rotation."""
-    if (attention := getattr(layer, "self_attn", None)) is not None and hasattr(attention, "k_proj"):
-        normed, size = layer.input_layernorm(x), attention.head_dim
-        key, value = (proj(normed).unflatten(-1, (-1, size)) for proj in (attention.k_proj, attention.v_proj))
-        norm = getattr(attention, "k_norm", None)
-        key = key if norm is None else norm(key)
-    elif (attention := getattr(layer, "attn", None)) is not None and hasattr(attention, "c_attn"):
-        normed = layer.ln_1(x)
-        _, key, value = (part.unflatten(-1, (attention.num_heads, -1)) for part in attention.c_attn(normed).chunk(3, -1))
-    else:
-        raise ModelError(f"{type(layer).__name__} has no key and value projections that are known here: use attention=prefix")
-    return key.transpose(1, 2), value.transpose(1, 2)
 
 
 def _let_learn(ctc: CtcModel, llm: PreTrainedModel, dims: SpeechLlmDims) -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from duolect.config import registered
 from duolect.models.ctc import CtcOutput
+from duolect.models.lm import HFCausalLM
 from duolect.recognize.models import Models
 from duolect.scorer import Hypothesis, Scorer
 from duolect.search.context import ContextScorer
@@ -60,7 +62,7 @@ class Batch:
 
     def most_labels(self, per_second: float) -> Tensor:
         """[B] how many labels an output may have by the length of its audio."""
-        return ((self.output.lengths * self.seconds_per_frame * per_second).long() + 10).clamp(max=400)
+        return most_labels(self.output.lengths * self.seconds_per_frame, per_second)
 
     def shared(self, name: str, make: Callable[[], Scorer[Any]]) -> Scorer[Any]:
         """The scorer of that name, made when first asked for."""
@@ -72,6 +74,11 @@ class Batch:
         scorer = make()
         self._shared[name] = scorer, time.perf_counter() - begin
         return scorer
+
+
+def most_labels(seconds: Tensor, per_second: float = 10.0) -> Tensor:
+    """How many labels a text may have by the seconds of its audio."""
+    return ((seconds * per_second).long() + 10).clamp(max=400)
 
 
 WRITTEN = {
@@ -120,6 +127,10 @@ class Term(ABC):
     def native(self, batch: Batch) -> Scorer[Any]:
         """The scorer in its own vocabulary."""
 
+    def bytes_of(self, models: Models, acoustic: str, *, seconds: float, labels: int) -> int:
+        """Bytes of the keys and values it holds of an utterance, as AttentionModel.bytes_of."""
+        return 0
+
     def spelling(self, batch: Batch) -> TextPolicy:
         """How words are written for it."""
         return self.policy or TextPolicy()
@@ -166,6 +177,10 @@ class Language(Term):
     def native(self, batch: Batch) -> Scorer[Any]:
         return self._scorer(batch.models, batch.vocabulary)
 
+    def bytes_of(self, models: Models, acoustic: str, *, seconds: float, labels: int) -> int:
+        scorer = self._scorer(models, models.acoustic(acoustic).vocabulary)
+        return scorer.bytes_of(labels=labels) if isinstance(scorer, HFCausalLM) else 0
+
     def _scorer(self, models: Models, heard: Vocabulary) -> Scorer[Any]:
         return models.language(self.model, prompt=self.prompt, over=heard, oov=self.oov)
 
@@ -191,22 +206,29 @@ class Language(Term):
 @registered
 @dataclass(frozen=True)
 class Attention(Term):
-    """A model that hears the audio itself: an attention encoder-decoder, a speech LLM. policy: None for the spelling it was trained on."""
+    """A model that hears the audio itself: an attention encoder-decoder, a speech LLM. policy: None for the spelling it was trained on.
+
+    context: words and phrases that may come, for a model that reads them in its prompt.
+    """
 
     model: str
     scale: float = 1.0
     when: Schedule = field(default_factory=EveryLabel)
     policy: TextPolicy | None = None
+    context: tuple[str, ...] = ()
 
     def spelling(self, batch: Batch) -> TextPolicy:
         return self.policy or WRITTEN[batch.models.attention(self.model).written]
 
     def load(self, models: Models, acoustic: str) -> None:
-        models.attention(self.model)
+        models.attention(self.model).told(self.context)
+
+    def bytes_of(self, models: Models, acoustic: str, *, seconds: float, labels: int) -> int:
+        return models.attention(self.model).told(self.context).bytes_of(seconds=seconds, labels=labels)
 
     def native(self, batch: Batch) -> Scorer[Any]:
-        aed = batch.models.attention(self.model)
-        return batch.shared(self.model, lambda: aed.scorer(batch.audios))
+        aed = batch.models.attention(self.model).told(self.context)
+        return batch.shared(f"{self.model} {self.context}", lambda: aed.scorer(batch.audios))
 
 
 @registered
@@ -318,6 +340,12 @@ class Decoding(ABC):
     """A way to recognize a batch. terms: what is scored beside the CTC model's own score, by name."""
 
     terms: Mapping[str, Term]
+    beam: int
+
+    def bytes_of(self, models: Models, acoustic: str, *, seconds: float) -> int:
+        """Bytes of keys and values that its terms hold of an utterance, at most or nearly so."""
+        labels = self.beam * int(most_labels(torch.tensor(seconds)))
+        return sum(term.bytes_of(models, acoustic, seconds=seconds, labels=labels) for term in self.terms.values())
 
     @property
     def hears_ctc(self) -> bool:
@@ -343,6 +371,7 @@ class Greedy(Decoding):
     """The best label of each CTC frame, collapsed."""
 
     terms: ClassVar[Mapping[str, Term]] = {}
+    beam: ClassVar[int] = 1
 
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
         return ctc_greedy(batch.output.log_probs, batch.output.lengths, vocabulary=batch.vocabulary)
@@ -435,6 +464,7 @@ class Speculative(Decoding):
     """Greedy search of one model that hears, checked against the CTC model's greedy transcript as a draft. Same result, fewer passes;
     with `draft.slack` > 0 the CTC model's labels win where they are nearly as good."""
 
+    beam: ClassVar[int] = 1
     terms: Mapping[str, Term]
     draft: Draft = field(default_factory=Draft)
     labels_per_second: float = 10.0

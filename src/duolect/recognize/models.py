@@ -44,6 +44,7 @@ class Models:
     precision: Precision = "float32"
     say: Callable[[str], None] = field(default=lambda text: print(text, file=sys.stderr, flush=True))
     _loaded: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
 
     def acoustic(self, name: str) -> AcousticModel:
         """The CTC model of that name."""
@@ -93,6 +94,12 @@ class Models:
         folder = Path(resolve(acoustic)) / "scales"
         return folder if folder.is_dir() else None
 
+    def say_once(self, what: str, text: str) -> None:
+        """Says a text about `what`, if nothing was said about it yet."""
+        if what not in self._said:
+            self._said.add(what)
+            self.say(text)
+
     def _once(self, key: tuple[str, ...], load: Callable[[], T]) -> T:
         if key not in self._loaded:
             self.say(
@@ -100,6 +107,17 @@ class Models:
             )
             self._loaded[key] = load()
         return self._loaded[key]
+
+
+def free_memory(device: str) -> int:
+    """Bytes of memory that can still be had there: the GPU's, or the machine's without swapping; sys.maxsize where it cannot be known."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else sys.maxsize
 
 
 def place_of(name: str, kind: str) -> str:

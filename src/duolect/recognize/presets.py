@@ -166,7 +166,7 @@ FUSIONS: Mapping[str, Preset] = {
 
 
 def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[str, Any] | None = None) -> Decoding:
-    """The decoding of a preset's name or of a JSON file (a type-tagged config), with the ingredients' context where it has terms, and
+    """The decoding of a preset's name or of a JSON file (a type-tagged config), with the ingredients' context where it is of use, and
     overrides by dotted field. Raises ConfigError."""
     if preset := PRESETS.get(name_or_file) or FUSIONS.get(name_or_file):
         needs = preset.needs
@@ -185,7 +185,12 @@ def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[
     if not isinstance(decoding, Decoding):
         kinds = ", ".join(kind.__name__ for kind in (Greedy, TimeSynchronous, LabelSynchronous, Speculative))
         raise ConfigError(f"{name_or_file}: {type(decoding).__name__} is no decoding: expected one of {kinds}")
-    if ingredients.context and isinstance(decoding, TimeSynchronous | LabelSynchronous):
-        context = Context(ingredients.context, ingredients.context_scale)
-        decoding = replace(decoding, terms={**decoding.terms, "context": context})
+    if ingredients.context and isinstance(decoding, TimeSynchronous | LabelSynchronous | Speculative):
+        words = tuple(ingredients.context)
+        terms: dict[str, Term] = {
+            name: replace(term, context=words) if isinstance(term, Attention) else term for name, term in decoding.terms.items()
+        }
+        if ingredients.context_scale and not isinstance(decoding, Speculative):
+            terms["context"] = Context(ingredients.context, ingredients.context_scale)
+        decoding = replace(decoding, terms=terms)
     return with_overrides(decoding, overrides) if overrides else decoding

@@ -21,11 +21,14 @@ from duolect.models import ModelError
 from duolect.models.ctc import AcousticModel, CtcOutput
 from duolect.models.priors import PriorError
 from duolect.recognize.decoding import WRITTEN, Batch, Decoding
-from duolect.recognize.models import Models
+from duolect.recognize.models import Models, free_memory
 from duolect.scorer import Hypothesis, Recognized
 from duolect.search.align import Word, align, pauses, words
 from duolect.search.fusion import SearchError
 from duolect.vocabulary import VocabularyError
+
+MEMORY_SHARE = 0.5
+"""Of the memory that is free, what keys and values may take by plan: stores grow by doubling, and there is more than them."""
 
 SEGMENT_SECONDS = 28.0
 """Longer recordings are searched in segments: an AED hears 30 s at most, and a language model remembers only so much."""
@@ -145,11 +148,11 @@ class Recognizer:
             s for i, (_, audio) in enumerate(loaded) for s in _segments(i, audio, output.log_probs[i, : int(output.lengths[i])], model)
         ]
         for indices in batches_by_seconds([s.seconds for s in segments], batch_seconds=self.batch_seconds):
-            part = [segments[i] for i in indices]
-            batch = self._prepared(part, model)
-            for name, decoding in self.decodings.items():
-                for segment, result in zip(part, self._search(decoding, batch, part, model), strict=True):
-                    found[name][segment.owner].append((segment.start, result))
+            for part in self._fitting([segments[i] for i in indices]):
+                batch = self._prepared(part, model)
+                for name, decoding in self.decodings.items():
+                    for segment, result in zip(part, self._search(decoding, batch, part, model), strict=True):
+                        found[name][segment.owner].append((segment.start, result))
         results: list[dict[str, Recognized]] = []
         for i, (utterance, audio) in enumerate(loaded):
             fields = {**{k: v for k, v in utterance.fields.items() if v is not None}, "duration": round(len(audio) / SAMPLE_RATE, 3)}
@@ -160,6 +163,26 @@ class Recognizer:
                 }
             )
         return results
+
+    def _fitting(self, segments: Sequence[Segment]) -> list[Sequence[Segment]]:
+        """The segments in order, in parts whose decoders' keys and values fit the memory, or are of one segment; said where it is more."""
+        decodings = self.decodings.values()
+        asked = [max((d.bytes_of(self.models, self.acoustic, seconds=s.seconds) for d in decodings), default=0) for s in segments]
+        if not max(asked):
+            return [segments]
+        room, parts, begin = MEMORY_SHARE * free_memory(self.models.device), list[Sequence[Segment]](), 0
+        for end in range(1, len(segments) + 1):
+            # Stores are padded to the fullest one.
+            if end == len(segments) or (end + 1 - begin) * max(asked[begin : end + 1]) > room:
+                parts.append(segments[begin:end])
+                begin = end
+        if len(parts) > 1:
+            self.models.say_once(
+                "memory",
+                f"{len(segments)} utterances at once may need {len(segments) * max(asked) / 2**30:.2g} GiB of keys and values, and "
+                f"{room / 2**30:.2g} GiB ({MEMORY_SHARE:.0%} of the free memory) may be used: searching {max(map(len, parts))} at most",
+            )
+        return parts
 
     def _prepared(self, segments: Sequence[Segment], model: AcousticModel) -> Batch:
         lengths = torch.tensor([len(s.log_probs) for s in segments])

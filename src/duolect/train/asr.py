@@ -23,6 +23,7 @@ from duolect.data.pieces import SubwordSampler
 from duolect.data.utterance import Utterance, load_audio
 from duolect.models.aed import AedModel
 from duolect.models.attention_decoder import smoothed_cross_entropy
+from duolect.models.attention_maps import attention_maps
 from duolect.models.ctc import CtcModel, CtcOutput, Heads
 from duolect.models.encoders import Encoded, Encoder
 from duolect.models.extended import ExtendedEncoder
@@ -38,6 +39,10 @@ from duolect.vocabulary import Vocabulary
 CHECK_SECONDS = 60.0  # of padded audio in a batch of validation
 MOST_UNREADABLE = 0.05  # share of the utterances, above which training stops
 KEPT_HOURS = 40.0  # of audio that is held decoded in memory (16 bit: 115 MB an hour), so that a small corpus is decoded once
+NO_CONTEXT = 0.25  # share of the utterances whose prompt names no words
+OWN_WORDS, OTHER_WORDS = 3, 10  # of the transcript and of other utterances, at most, in a prompt
+LOOKED_AT = 8  # utterances of a validation whose attention is looked at
+CONTEXT_LETTERS = 4  # of a word there, at least
 
 Recording = tuple[Path, "tuple[int, int] | None"]
 
@@ -90,6 +95,7 @@ class AsrBatch(Batch):
     labels: Mapping[str, Tensor]
     label_sizes: Mapping[str, Tensor]
     kept: bool = False
+    context: tuple[tuple[str, ...], ...] = ()  # words for the prompt of each utterance, or nothing
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -172,11 +178,29 @@ class AsrTask(Task[Heard, AsrBatch]):
         return [items[i] for i in sub_epoch(shards, index=epoch, parts=corpus.parts, seed=self.seed)]
 
     def load(self, items: Sequence[Heard], place: Place) -> AsrBatch | None:
-        rows = [row for x in items if (row := self._row(x, place)) is not None]
+        rows = [(*row, self._context(x, place.epoch)) for x in items if (row := self._row(x, place)) is not None]
         if not rows:
             return None
-        sounds, hidden, labelled = zip(*rows, strict=True)
-        return self._batch(sounds, hidden, [self._resegmented(x, place.epoch) for x in labelled])
+        sounds, hidden, labelled, context = zip(*rows, strict=True)
+        batch = self._batch(sounds, hidden, [self._resegmented(x, place.epoch) for x in labelled])
+        return replace(batch, context=context if isinstance(self.model, SpeechLlm) and self.model.takes_context else ())
+
+    def _context(self, heard: Heard, epoch: int) -> tuple[str, ...]:
+        """Words for a prompt, drawn anew in each epoch: for half of the utterances some of their own, and one each of others of the corpus.
+
+        Of NO_CONTEXT there are none at all. As in CLAS (arXiv 1808.02480), but without short words, which nobody lists.
+        """
+        random, others = random_for(self.seed, epoch, heard.item.utterance.id, "context"), self.corpora[heard.corpus][1]
+        if random.random() < NO_CONTEXT:
+            return ()
+        drawn = [(heard.item, int(random.integers(0, 2) * random.integers(1, OWN_WORDS + 1)))]
+        drawn += [(others[i], 1) for i in random.integers(0, len(others), random.integers(0, OTHER_WORDS + 1))]
+        found: list[str] = []
+        for item, most in drawn:
+            words = sorted({word for word in self._text(item).split() if len(word) >= CONTEXT_LETTERS})
+            found += [words[i] for i in random.permutation(len(words))[:most]]
+        found = list(dict.fromkeys(found))
+        return tuple(found[i] for i in random.permutation(len(found)))
 
     def _resegmented(self, item: Labelled, epoch: int) -> Labelled:
         if self._sampler is None:
@@ -281,6 +305,7 @@ class AsrTask(Task[Heard, AsrBatch]):
             heads |= {"ce": self.ctc.vocabulary, **{f"ce{n}": self.ctc.vocabulary for n in self.model.decoder.dims.aux}}
         if isinstance(self.model, SpeechLlm):
             heads = {"ce": self.model.vocabulary} | (heads if self.model.dims.encoder != "rest" else {})
+            heads |= {"ctc_llm": self.ctc.vocabulary} if self.model.dims.audio_head else {}
         return heads
 
     def losses(self, batch: AsrBatch) -> Mapping[str, Tensor]:
@@ -290,16 +315,19 @@ class AsrTask(Task[Heard, AsrBatch]):
         """(sums of the losses, the main head's output)."""
         labels, sizes = batch.labels, batch.label_sizes
         losses: dict[str, Tensor] = {}
+        told = {"context": batch.context} if batch.context else {}
         if isinstance(self.model, CtcModel):
             heads = self._from_frames(batch) if batch.kept else self.network(**self._features(batch))
         else:
             if batch.kept:
                 assert isinstance(self.model, SpeechLlm)
-                output = self.model.of_heads(self._from_frames(batch), labels["ce"], sizes["ce"])
+                output = self.model.of_heads(self._from_frames(batch), labels["ce"], sizes["ce"], **told)
             else:
-                output = self.network(**self._features(batch), labels=labels["ce"], sizes=sizes["ce"])
+                output = self.network(**self._features(batch), labels=labels["ce"], sizes=sizes["ce"], **told)
             heads, smoothing = output.heads, self.learning.smoothing
             losses["ce"] = smoothed_cross_entropy(output.logits, output.targets, smoothing=smoothing)
+            if output.heard is not None:
+                losses["ctc_llm"] = ctc_loss(output.heard, labels["ctc_llm"], sizes["ctc_llm"], self.ctc.vocabulary)
             for n, logits in output.aux.items():
                 losses[f"ce{n}"] = smoothed_cross_entropy(logits, output.targets, smoothing=smoothing)
         if "ctc" in labels:
@@ -336,9 +364,22 @@ class AsrTask(Task[Heard, AsrBatch]):
                 found = self._attended(sounds)
                 heard = {f"{name} decoder WER": errors([text for text, _ in found], few)}
                 heard[f"{name} runaway"] = Ratio(sum(ran for _, ran in found), len(found), "percent")
+                if isinstance(self.model, SpeechLlm) and (looks := self._looks(self.model, few[:LOOKED_AT], sounds)):
+                    heard[f"{name} attention on audio"] = Ratio(sum(looks), len(looks), "percent")
                 # The first figure decides what is best, and the CTC model of a speech LLM may rest.
                 figures = {**heard, **figures} if isinstance(self.model, SpeechLlm) else {**figures, **heard}
         return figures
+
+    def _looks(self, model: SpeechLlm, items: Sequence[Labelled], sounds: Sequence[np.ndarray]) -> list[float]:
+        """Share of attention on audio where a label of each transcript is predicted, mean over layers and heads; nothing for added layers.
+
+        The very first position is left out: there attention rests that is of no use elsewhere, and without a prompt it is audio.
+        """
+        if model.dims.attention == "cross":  # which see nothing else
+            return []
+        pairs = zip(items, sounds, strict=False)
+        maps = (attention_maps(model, audio=sound, labels=model.vocabulary.encode(self._text(item))) for item, sound in pairs)
+        return [float(x.audio_mass(skip=1).mean()) for x in maps]
 
     def _check(self, items: Sequence[Labelled]) -> dict[str, Ratio]:
         """WER of the main head, greedy, and the losses, on one batch; what cannot be read is left out."""
