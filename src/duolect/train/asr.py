@@ -178,12 +178,13 @@ class AsrTask(Task[Heard, AsrBatch]):
         return [items[i] for i in sub_epoch(shards, index=epoch, parts=corpus.parts, seed=self.seed)]
 
     def load(self, items: Sequence[Heard], place: Place) -> AsrBatch | None:
-        rows = [(*row, self._context(x, place.epoch)) for x in items if (row := self._row(x, place)) is not None]
+        told = isinstance(self.model, SpeechLlm) and self.model.takes_context
+        rows = [(*row, self._context(x, place.epoch) if told else ()) for x in items if (row := self._row(x, place)) is not None]
         if not rows:
             return None
         sounds, hidden, labelled, context = zip(*rows, strict=True)
         batch = self._batch(sounds, hidden, [self._resegmented(x, place.epoch) for x in labelled])
-        return replace(batch, context=context if isinstance(self.model, SpeechLlm) and self.model.takes_context else ())
+        return replace(batch, context=context if told else ())
 
     def _context(self, heard: Heard, epoch: int) -> tuple[str, ...]:
         """Words for a prompt, drawn anew in each epoch: for half of the utterances some of their own, and one each of others of the corpus.
