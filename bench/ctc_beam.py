@@ -143,6 +143,43 @@ def best_text(nbest: Sequence[Hypothesis]) -> tuple[str, float]:
     return max(summed.items(), key=lambda item: item[1])
 
 
+def log_p_of(text: str, x: np.ndarray, labels: Sequence[str]) -> float:
+    """log p(text) by x [T, V]: of all label sequences that spell it, spaces at the ends and doubled ones aside, and all alignments.
+
+    A state is how much of the text stands, and the label that wrote last, or blank behind it. labels: as `labels_of` spells them.
+    """
+    text = f" {text}".rstrip()
+    spelled = [(y, piece.replace("▁", " ")) for y, piece in enumerate(labels) if piece and np.isfinite(x[:, y]).any()]
+    edges = [(p, y, q) for y, piece in spelled for p in range(len(text) + 1) if (q := _behind(text, p, piece)) is not None]
+    states: dict[tuple[int, int], int] = {}
+    for _, y, q in edges:
+        states.setdefault((q, y), len(states))
+    at, label = np.array(list(states), dtype=int).reshape(-1, 2).T
+    begin, end = np.array([(p, states[q, y]) for p, y, q in edges], dtype=int).reshape(-1, 2).T
+    # A label that repeats needs a blank in between: what it wrote itself does not go on by it.
+    own = np.array([states.get((p, y), len(states)) for p, y, _ in edges], dtype=int)
+    blank, wrote, log_p = np.eye(1, len(text) + 1)[0], np.zeros(len(states)), 0.0
+    for frame in np.exp(x.astype(float)):
+        total = blank + np.bincount(at, wrote, len(blank))
+        grown = (total[begin] - np.append(wrote, 0.0)[own]).clip(min=0.0)
+        blank, wrote = total * frame[labels.index("")], (wrote + np.bincount(end, grown, len(wrote))) * frame[label]
+        scale = blank.sum() + wrote.sum()
+        blank, wrote, log_p = blank / scale, wrote / scale, log_p + float(np.log(scale))
+    return log_p + float(np.log(blank[-1] + wrote[at == len(text)].sum()))
+
+
+def _behind(text: str, p: int, piece: str) -> int | None:
+    """How much of the text stands once a piece is written behind its first p characters; None where it is another text."""
+    for c in piece:
+        if p < len(text) and text[p] == c:
+            p += 1
+        elif p == 0 and text[1:2] == c:  # no space before the first word
+            p = 2
+        elif c != " " or (0 < p < len(text) and text[p - 1] != " "):
+            return None
+    return p
+
+
 def inputs(path: Path | None, vocabulary: Path | None, *, quick: bool) -> list[Input]:
     """Made-up log-probs of three vocabularies, behind real ones where there is a file."""
     given = []
@@ -154,8 +191,9 @@ def inputs(path: Path | None, vocabulary: Path | None, *, quick: bool) -> list[I
         known = load_vocabulary(vocabulary)
         if known.size != log_probs.shape[2]:
             sys.exit(f"error: {path} has {log_probs.shape[2]} labels, the vocabulary of {vocabulary} {known.size}: not the same model's")
-        # pyctcdecode starts a word in every beam once <unk> is tried in one, so labels without a text are taken out on both sides.
-        silent = [i for i in range(known.size) if i != known.blank and known.piece(i).startswith("<") and known.piece(i).endswith(">")]
+        # Once pyctcdecode has tried a label that ends in a space (a lone one, or <unk>, which it writes so) in one beam, what it tries next
+        # begins a word, whichever beam that is in: its texts are then cut where its scores know of no cut. Taken out on both sides.
+        silent = [i for i in range(known.size) if i != known.blank and (known.piece(i).endswith("▁") or known.piece(i).endswith(">"))]
         log_probs[..., silent] = -torch.inf
         given.append(Input("real", known, log_probs.log_softmax(-1), lengths))
     count, frames = (3, 60) if quick else (16, 300)
@@ -165,14 +203,25 @@ def inputs(path: Path | None, vocabulary: Path | None, *, quick: bool) -> list[I
     return given
 
 
-def agreement(a: Found, b: Found) -> dict[str, float]:
-    """Share of b's utterances with the same best text, mean of a's score less b's, their greatest distance where the text is the same."""
-    pairs = list(zip(a.texts, a.scores, b.texts, b.scores, strict=False))  # b may be of the first utterances only
-    return {
-        "same": sum(t == u for t, _, u, _ in pairs) / len(pairs),
-        "gap": sum(x - y for _, x, _, y in pairs) / len(pairs),
-        "distance": max((abs(x - y) for t, x, u, y in pairs if t == u), default=0.0),
-    }
+def agreement(given: Input, a: Found, b: Found) -> dict[str, Any]:
+    """Whose best text is likelier, by the exact log p of both: of how many utterances a's, neither's, b's; where they differ by how much
+    (gaps); and what the score that each search gave lacks to it on average.
+
+    SystemExit where a score is above the exact log p of its text, which no part of the text's alignments can have.
+    """
+    labels, exact = labels_of(given.vocabulary), []
+    for u, texts in enumerate(zip(a.texts, b.texts, strict=False)):  # b may be of the first utterances only
+        x = given.log_probs[u, : int(given.lengths[u])].numpy()
+        exact.append([log_p_of(text, x, labels) for text in texts])
+        for text, score, most in zip(texts, (a.scores[u], b.scores[u]), exact[u], strict=True):
+            if score > most + 1e-3:
+                sys.exit(
+                    f"error: {given.name}, utterance {u}: {text!r} scores {score:.4f}, all its alignments {most:.4f}; nothing was timed"
+                )
+    gaps = sorted(x - y for (x, y), t, s in zip(exact, a.texts, b.texts, strict=False) if t != s)
+    counts = [sum(g > 0 for g in gaps), len(exact) - len(gaps), sum(g <= 0 for g in gaps)]
+    lacks = [sum(x[i] - y for x, y in zip(exact, found, strict=False)) / len(exact) for i, found in enumerate((a.scores, b.scores))]
+    return {"likelier": counts, "gaps": [round(g, 4) for g in gaps], "lacks": lacks}
 
 
 def check(given: Input, theirs: Pyctcdecode) -> None:
@@ -215,7 +264,7 @@ def measured(
     """One line of the table."""
     everything = range(len(given.lengths))
     found = checked(given, beam)
-    same = {"floors": agreement(found["alone"], found["floors alone"])}
+    same = {"floors": agreement(given, found["alone"], found["floors alone"])}
     taken: dict[str, list[Spent]] = {}
 
     def noted(name: str, result: Found) -> Spent:
@@ -224,7 +273,7 @@ def measured(
 
     calls: dict[str, Callable[[], Spent]] = {way: lambda way=way: noted(way, ours(given, everything, beam=beam, way=way)) for way in WAYS}
     if theirs is not None:
-        same["theirs"] = agreement(found["floors alone"], theirs(everything, beam=beam, pruning=DEFAULTS))
+        same["theirs"] = agreement(given, found["floors alone"], theirs(everything, beam=beam, pruning=DEFAULTS))
         calls["theirs"] = lambda: noted("theirs", theirs(everything, beam=beam, pruning=DEFAULTS))
     harness.interleaved(calls, repetitions=repetitions, seconds=seconds)
     if theirs is not None and unpruned_seconds:
@@ -233,13 +282,13 @@ def measured(
         result = theirs(some, beam=beam, pruning=OFF)
         noted("theirs unpruned", result)
         noted("alone beside", ours(given, some, beam=beam, way="alone"))
-        same["theirs unpruned"] = {**agreement(found["alone"], result), "utterances": len(result.texts)}
+        same["theirs unpruned"] = {**agreement(given, found["alone"], result), "utterances": len(result.texts)}
     frames, labels = int(given.lengths.float().mean()), given.log_probs.shape[2]
     row = {"input": given.name, "V": labels, "T": frames, "B": len(given.lengths), "beam": beam}
     return _row(row, {name: timing(values) for name, values in taken.items()}, same)
 
 
-def _row(row: dict[str, Any], timings: dict[str, Timing], same: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _row(row: dict[str, Any], timings: dict[str, Timing], same: dict[str, dict[str, Any]]) -> dict[str, Any]:
     row |= {f"{name} ms": milliseconds(t.median) for name, t in timings.items() if name != "alone beside"}
     pairs = {way.replace("floors ", ""): ("theirs", way) for way in WAYS if way.startswith("floors")} if "theirs" in timings else {}
     if "theirs unpruned" in timings:
@@ -247,7 +296,7 @@ def _row(row: dict[str, Any], timings: dict[str, Timing], same: dict[str, dict[s
     for name, (slow, fast) in pairs.items():
         row[f"x {name}"] = harness.times(timings[slow], timings[fast])
         row[f"x cpu {name}"] = harness.times(timings[slow], timings[fast], by="cpu")
-    row |= {f"same: {name}": round(found["same"], 4) for name, found in same.items()}
+    row |= {f"likelier: {name}": "/".join(map(str, found["likelier"])) for name, found in same.items()}
     row["details"] = {"timings": {name: harness.measures(t) for name, t in timings.items()}, "agreement": same}
     return row
 
@@ -259,26 +308,27 @@ def notes_of(rows: Sequence[dict[str, Any]], given: Sequence[Input], absent: str
     ]
     notes.append(
         "milliseconds per utterance on the clock; alone: one utterance at a time, batch: all at once, floors: of 5 (labels) and 10 (beam)"
-        " below the best; same: floors: share of the utterances with the best text of `alone`"
+        " below the best; likelier: floors: of how many utterances `alone` has a likelier text than `floors alone`, the same, a less"
+        " likely one, by exact log p over all label sequences and alignments"
     )
     if absent is not None:
         return [*notes, f"pyctcdecode is left out: {absent}"]
     notes.append(
         "theirs: pyctcdecode, one at a time, with its defaults (token_min_logp -5, beam_prune_logp -10); theirs unpruned: off,"
         " the first utterances only; x: theirs / ours with floors, x cpu: by least processor time; x unpruned: theirs unpruned / alone,"
-        " both pruning by the beam alone; same: theirs: as `floors alone`, theirs unpruned: as `alone`"
+        " both pruning by the beam alone; likelier: theirs: `floors alone` likelier/same/less likely, theirs unpruned: `alone`"
     )
     for name in ("theirs", "theirs unpruned"):
         if not (found := [row["details"]["agreement"][name] for row in rows if name in row["details"]["agreement"]]):
             continue
-        distance, gap = max(f["distance"] for f in found), sum(f["gap"] for f in found) / len(found)
+        gaps, lacks = [g for f in found for g in f["gaps"]], [sum(f["lacks"][i] for f in found) / len(found) for i in (0, 1)]
         notes.append(
-            f"{name}: where the text is the same its log p differs by {distance:.2g} at most; duolect's best is higher by "
-            f"{gap:.2g} on average"
+            f"{name}: where the texts differ duolect's is likelier by {min(gaps, default=0.0):.2g} to {max(gaps, default=0.0):.2g}; the "
+            f"searches' scores lack {lacks[0]:.2g} (duolect) and {lacks[1]:.2g} to the exact log p of their texts on average"
         )
     notes.append(
-        "a beam slot is a prefix in duolect, a (text, last frame label) pair in pyctcdecode: at the same beam duolect may hold "
-        "twice as many"
+        "a beam slot is a prefix of labels in duolect, a (text, last frame label) pair in pyctcdecode: two of theirs may be one of ours "
+        "(ends in blank, in a label), two of ours one of theirs (cuts of a word)"
     )
     return notes
 

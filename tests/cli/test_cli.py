@@ -14,6 +14,7 @@ import soundfile
 from duolect.recognize.presets import PRESETS
 from duolect.recognize.recognizer import Recognizer
 from duolect.scorer import read_hypotheses
+from duolect.search.rescore import rescored
 from duolect.vocabulary import load_vocabulary
 from tests.arpa import write_arpa
 from tests.recognize.conftest import TEXTS
@@ -62,19 +63,12 @@ def test_transcribe_makes_no_file_twice(duolect, zoo, with_models, tmp_path, mon
     assert code == 0 and "already" not in err, "another setting makes all files anew"
 
 
-@pytest.mark.parametrize("command", ["transcribe", "rescore"])
-def test_what_cannot_continue_does_not_say_it_would(duolect, zoo, with_models, tmp_path, monkeypatch, command):
-    (tmp_path / "h.jsonl").write_text("")
-
+def test_what_cannot_continue_does_not_say_it_would(duolect, zoo, with_models, monkeypatch):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("duolect.recognize.models.Models.language", stopped)
-    arguments = {
-        "transcribe": [zoo["corpus"] / "u0.wav", *with_models],
-        "rescore": ["--hypotheses", tmp_path / "h.jsonl", "--out", tmp_path / "o.jsonl"],
-    }
-    code, _, err = duolect(command, *arguments[command])
+    code, _, err = duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models)
     assert code == 130 and err.endswith("duolect: stopped\n")
 
 
@@ -133,6 +127,41 @@ def test_decode_rescore_tune_score_make_a_chain(duolect, zoo, with_models, tmp_p
         "beam=3",
     )
     assert code == 0 and "tuned on" in err
+
+
+def test_rescore_continues_where_it_was_killed(duolect, zoo, with_models, tmp_path, monkeypatch):
+    a, straight, killed = (tmp_path / name for name in ("a.jsonl", "straight.jsonl", "killed.jsonl"))
+    assert duolect("decode", "--data", zoo["corpus"], "--out", a, *with_models, "--decoding", "ctc", "--nbest", "5")[0] == 0
+    command = ["rescore", "--hypotheses", a, "--lm", zoo["llm"], "--device", "cpu", "--batch", "2", "--scale", "0.5"]
+    assert duolect(*command, "--out", straight)[0] == 0
+    batches: list[int] = []
+
+    def dying(lists, **more):
+        batches.append(len(lists))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return rescored(lists, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("duolect.search.rescore.rescored", dying)
+        code, _, err = duolect(*command, "--out", killed)
+        assert code == 130 and "the same command continues" in err
+        part = tmp_path / "killed.jsonl.part"
+        assert not killed.exists() and part.read_text().splitlines() == straight.read_text().splitlines()[:4]
+        part.write_text(part.read_text()[:-20])  # the fourth line is torn, so the second batch is not whole
+        for other in (["--scale", "0.6"], ["--prompt", "ab"], ["--name", "other"], ["--lm", zoo["unit"]], ["--precision", "bfloat16"]):
+            code, _, err = duolect(*command, "--out", killed, *other)
+            assert code == 2 and "unfinished runs of another" in err and len(err.splitlines()) == 1 + ("ranking" in err)
+        text = a.read_text()
+        a.write_text(text.replace('"labels": [', '"labels": [0, ', 1))
+        code, _, err = duolect(*command, "--out", killed)
+        assert code == 2 and "unfinished runs of another" in err, "other hypotheses by the same name"
+        a.write_text(text)
+        code, _, err = duolect(*command, "--out", killed)
+        assert code == 0 and "2 of 7 utterances are done" in err and batches[3:] == [2, 2, 1]
+    for name in ("jsonl", "jsonl.json"):
+        assert (tmp_path / f"killed.{name}").read_text() == (tmp_path / f"straight.{name}").read_text()
+    assert not list(tmp_path.glob("*.part*"))
 
 
 def test_the_alignment_shown_is_the_one_that_was_counted(duolect, tmp_path):

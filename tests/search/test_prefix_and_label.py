@@ -61,6 +61,26 @@ def test_prefix_scores_equal_the_loop_over_frames(letters, peak):
                     assert float(got[b, c]) == pytest.approx(longer - psi, abs=2e-4)
 
 
+@pytest.mark.parametrize("rows", [[0, 1], [1, 0, 1]])
+def test_a_label_that_only_faint_frames_have_gets_its_exact_score(letters, rows):
+    x = torch.full((2, 12, letters.size), -80.0)
+    x[:, 0, 1], x[:, 1:, 0] = 0.0, 0.0  # heard: 1, then 0 for the rest
+    x[..., 3] = -torch.inf
+    x[:, 8, 3] = -1.0  # 3 may be heard in one frame alone, before which no more than 1 has e^-560
+    lengths = torch.tensor([12, 10])
+    scorer = CtcPrefix(x, lengths, vocabulary=letters)
+    state = scorer.select(scorer.start(2), torch.tensor(rows))
+    _, state = scorer.advance(state, torch.ones(len(rows), 1, dtype=torch.long), torch.ones(len(rows), dtype=torch.long))
+    got = scorer.log_probs(state)
+    for r, b in enumerate(rows):
+        own = x[b, : lengths[b]].double()
+        psi, _ = naive_prefix_score(own, (1,), letters.blank)
+        for c in (0, 3):
+            longer, _ = naive_prefix_score(own, (1, c), letters.blank)
+            assert float(got[r, c]) == pytest.approx(longer - psi, abs=1e-3)
+        assert float(got[r, 3]) < -500
+
+
 def test_prefix_probabilities_of_all_continuations_sum_to_one(letters):
     x = random_log_probs(2, 9, letters, seed=4)
     scorer = CtcPrefix(x, torch.tensor([9, 5]), vocabulary=letters)

@@ -149,7 +149,7 @@ def rescore(
     device: str = "auto",
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> int:
-    """Adds a language model's score to every hypothesis of a hypotheses file, and ranks anew if scales are given.
+    """Adds a language model's score to every hypothesis of a hypotheses file, ranks anew if scales are given; continues a killed run.
 
     Example: duolect rescore --hypotheses ctc.jsonl --out llm.jsonl --lm smollm2-135m
 
@@ -168,11 +168,11 @@ def rescore(
     """
     from tqdm import tqdm
 
+    from duolect.config import digest
     from duolect.recognize.decoding import policy_of
-    from duolect.recognize.files import read_settings
+    from duolect.recognize.files import Growing, read_settings, refuse_others
     from duolect.recognize.models import Models
-    from duolect.run import write_json
-    from duolect.scorer import read_hypotheses, write_hypotheses
+    from duolect.scorer import read_hypotheses
     from duolect.search.rescore import labels_for, ranked, rescored
 
     at_least(1, batch=batch)
@@ -182,20 +182,30 @@ def rescore(
     if name in parts:
         raise ValueError(f"{hypotheses}: the hypotheses have a part {name!r} already: choose another --name")
     weights = _weights(name, scale, scales, parts, lines)
+    made = read_settings(hypotheses)
+    # Other hypotheses in a file of the same name are another run.
+    of = digest({"lines": [line.to_json() for line in lines]})
+    made["rescored"] = {**made.get("rescored", {}), name: {"lm": lm, "am": am, "prompt": prompt, "precision": precision, "of": of}}
+    growing = Growing(out, made | ({"scales": dict(weights)} if weights else {}))
+    refuse_others([growing])
+    # Whole batches, because scores depend on what is in a batch by a rounding error.
+    there = growing.there()
+    done = there[: len(there) if len(there) == len(lines) else len(there) // batch * batch]
+    if done:
+        print(f"continuing {growing.part}: {len(done)} of {len(lines)} utterances are done", file=sys.stderr)
     quiet()
     models = Models(device=device_of(device), precision=precision)
     scorer = models.language(lm, prompt=prompt, over=models.acoustic(am).vocabulary if am else None)
     found, begun = [h for line in lines for h in line.nbest], bool(prompt.strip())
     labels = labels_for(scorer.vocabulary, found, policy=policy_of(scorer), begun=begun)
-    done = []
-    for start in tqdm(range(0, len(lines), batch), unit="batch", disable=not sys.stderr.isatty()):
-        part = lines[start : start + batch]
-        lists = rescored([line.nbest for line in part], name=name, scorer=scorer, labels=labels)
-        done += [replace(line, nbest=tuple(ranked(found, weights))) for line, found in zip(part, lists, strict=True)]
-    made = read_settings(hypotheses)
-    write_hypotheses(out, done)
-    made["rescored"] = {**made.get("rescored", {}), name: {"lm": lm, "prompt": prompt}}
-    write_json(f"{out}.json", made | ({"scales": dict(weights)} if weights else {}))
+    with growing.adding(done) as add:
+        for start in tqdm(range(len(done), len(lines), batch), unit="batch", disable=not sys.stderr.isatty()):
+            part = lines[start : start + batch]
+            lists = rescored([line.nbest for line in part], name=name, scorer=scorer, labels=labels)
+            done += [replace(line, nbest=tuple(ranked(found, weights))) for line, found in zip(part, lists, strict=True)]
+            for line in done[start:]:
+                add(line)
+    growing.finish(done)
     say_score(done, hypotheses)
     return 0
 

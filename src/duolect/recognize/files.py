@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,43 +27,78 @@ class ResumeError(ValueError):
     """An unfinished output belongs to another decoding."""
 
 
+class Growing:
+    """A hypotheses file in the making: lines are kept in `<out>.part` as they come; `<out>.part.json` says what makes them.
+
+    Beside the finished file that stays, as `<out>.json` (`read_settings`).
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
+        self.out, self.settings, self.part = out, dict(settings), Path(f"{out}.part")
+
+    @property
+    def is_others(self) -> bool:
+        """Whether an unfinished run with other settings lies there."""
+        return self.part.is_file() and self.part.stat().st_size > 0 and _header(self.part) != self.settings
+
+    def there(self) -> list[Recognized]:
+        """The lines of the killed run, without a torn last one."""
+        return list(read_hypotheses(self.part)) if self.part.is_file() else []
+
+    @contextmanager
+    def adding(self, kept: Sequence[Recognized]) -> Iterator[Callable[[Recognized], None]]:
+        """What adds a line behind those kept of the killed run."""
+        write_json(f"{self.part}.json", self.settings)
+        write_hypotheses(self.part, kept)
+        with open(self.part, "a", encoding="utf-8") as file:
+
+            def add(line: Recognized) -> None:
+                file.write(json.dumps(line.to_json(), ensure_ascii=False) + "\n")
+                file.flush()
+
+            yield add
+
+    def finish(self, lines: Sequence[Recognized]) -> None:
+        """Writes the finished file, of these lines."""
+        write_hypotheses(self.out, lines)
+        self.part.unlink()
+        Path(f"{self.part}.json").replace(f"{self.out}.json")
+
+
+def refuse_others(growing: Iterable[Growing]) -> None:
+    """ResumeError if an unfinished run with other settings lies where one of the files shall grow."""
+    if others := [g.part for g in growing if g.is_others]:
+        names = ", ".join(map(str, others[:3])) + (", ..." if others[3:] else "")
+        raise ResumeError(f"unfinished runs of another decoding, model or setting: {names}: delete them, or name another output")
+
+
 def decode_to_files(
     recognizer: Recognizer, utterances: Sequence[Utterance], outs: Mapping[str, Path], *, progress: bool = True, keep: int | None = None
 ) -> dict[str, list[Recognized]]:
     """What each decoding in `outs` made of the utterances, in their order, written to its hypotheses file.
 
-    A run that was killed continues where it was: lines are kept in `<out>.part` as they come; `<out>.part.json` says of which decoding,
-    and ResumeError if it is another one. Beside the finished file that stays, as `<out>.json` (`read_settings`). keep: at most so many
+    A run that was killed continues where it was (`Growing`); ResumeError if it is one of another decoding. keep: at most so many
     hypotheses a line.
     """
-    wanted = {name: {**settings_of(recognizer, name), "keep": keep} for name in outs}
-    parts = {name: Path(f"{out}.part") for name, out in outs.items()}
-    if others := [part for name, part in parts.items() if part.is_file() and part.stat().st_size and _header(part) != wanted[name]]:
-        names = ", ".join(map(str, others[:3])) + (", ..." if others[3:] else "")
-        raise ResumeError(f"unfinished runs of another decoding, model or setting: {names}: delete them, or name another output")
-    known = {name: _done(part, utterances) for name, part in parts.items()}
-    for name, part in parts.items():
-        write_json(f"{part}.json", wanted[name])
-        write_hypotheses(part, list(known[name].values()))  # also drops a torn last line
+    growing = {name: Growing(out, {**settings_of(recognizer, name), "keep": keep}) for name, out in outs.items()}
+    refuse_others(growing.values())
+    known = {name: _done(g, utterances) for name, g in growing.items()}
     rest: dict[tuple[str, ...], list[Utterance]] = {}
     for u in utterances:
         rest.setdefault(tuple(name for name in outs if u.id not in known[name]), []).append(u)
     if finished := len(rest.pop((), ())):
-        recognizer.models.say(f"continuing {next(iter(parts.values()))}: {finished} of {len(utterances)} utterances are done")
+        recognizer.models.say(f"continuing {next(iter(growing.values())).part}: {finished} of {len(utterances)} utterances are done")
     with ExitStack() as stack:
-        files = {name: stack.enter_context(open(part, "a", encoding="utf-8")) for name, part in parts.items()}
+        add = {name: stack.enter_context(g.adding(list(known[name].values()))) for name, g in growing.items()}
         for names, undone in rest.items():
             missing = replace(recognizer, decodings={name: recognizer.decodings[name] for name in names})
             for found in missing.recognize(undone, progress=progress):
                 for name, line in found.items():
                     known[name][line.id] = line = replace(line, nbest=line.nbest[:keep])
-                    files[name].write(json.dumps(line.to_json(), ensure_ascii=False) + "\n")
-                    files[name].flush()
+                    add[name](line)
     ordered = {name: [known[name][u.id] for u in utterances] for name in outs}
-    for name, out in outs.items():
-        write_hypotheses(out, ordered[name])
-        parts[name].unlink()
-        Path(f"{parts[name]}.json").replace(f"{out}.json")
+    for name, g in growing.items():
+        g.finish(ordered[name])
     return ordered
 
 
@@ -100,10 +135,10 @@ def _header(part: Path) -> Any:
         return None
 
 
-def _done(part: Path, utterances: Sequence[Utterance]) -> dict[str, Recognized]:
+def _done(growing: Growing, utterances: Sequence[Utterance]) -> dict[str, Recognized]:
     """The lines of an unfinished file that are of these utterances, by id; what failed is tried again."""
     fields = {u.id: {k: v for k, v in u.fields.items() if v is not None and k != "duration"} for u in utterances}
-    lines = read_hypotheses(part) if part.is_file() else ()
+    lines = growing.there()
     return {r.id: r for r in lines if r.error is None and r.id in fields and fields[r.id].items() <= r.fields.items()}
 
 

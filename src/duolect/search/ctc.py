@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -147,7 +148,7 @@ def _frames(log_probs: Tensor, lengths: Tensor, vocabulary: Vocabulary, floor: f
         scores, labels = x.topk(width, dim=2)
     else:
         scores, labels, counts = x, torch.arange(size, device=x.device).expand_as(x), torch.full_like(counts, size)
-    scores, labels = (torch.nn.functional.pad(y, (1, 0), value=z).cpu().numpy() for y, z in ((scores, NEG), (labels, -2)))
+    scores, labels = (torch.nn.functional.pad(y, (1, 0), value=z).cpu().numpy() for y, z in ((scores, NEG), (labels, 0)))
     tried = [slice(0, 1 + n) for n in counts.tolist()]
     arrays = [y.cpu().numpy() for y in (step.T, rests > 0, rest, blanks, x)]
     return Frames(
@@ -215,35 +216,33 @@ def _step(
     """(the beam after one more frame, [B, K'] the slot each hypothesis came from)."""
     labels, own = frames.labels[i], frames.own[i]
     (groups, k), m = now.blank.shape, labels.shape[1]
-    group = np.arange(groups)[:, None]
     total = combine(now.blank, now.label)
     # A repeated label needs a blank in between, so it extends only the alignments that end in blank.
     repeats = now.last[..., None] == labels[:, None]
     scores = np.where(repeats, now.blank[..., None], total[..., None]) + frames.scores[i][:, None]
     stay_blank = total + frames.blank[i]
-    stay_label = _merged(now, total, scores, repeats, combine) + own.take(now.last + group * own.shape[1])
+    stay_label = _merged(now, total, scores, repeats, combine) + own.take(now.last + _begins(groups, own.shape[1]))
     # From here on the first column of a hypothesis stands for itself with no label more.
     scores[..., 0] = stay_label
-    ranked = scores.copy() if terms else scores
+    ranked = scores.copy()
     ranked[..., 0] = combine(stay_blank, stay_label)
     for term in terms.values():
         ranked += term.part[..., None]
         if term.ahead is not None:
             ranked[..., 1:] += term.ahead_of(labels)[..., 1:]
     chosen, best = _best(ranked.reshape(groups, k * m), beam, floor)
-    source = chosen // m
-    column, at = chosen - source * m, source + group * k
-    stays = column == 0
-    label = np.where(stays, stay_label.take(at), scores.take(chosen + group * (k * m)))
-    blank = np.where(stays, stay_blank.take(at), NEG)
+    source, column = np.divmod(chosen, m)
+    at, grows = source + _begins(groups, k), column > 0
+    label = scores.take(chosen + _begins(groups, k * m))
+    blank = np.where(grows, NEG, stay_blank.take(at))
     dead = best == NEG if best[:, -1].min() == NEG else None
-    return _moved(now, at, labels.take(column + group * m), stays, dead, hashes, blank=blank, label=label), source
+    return _moved(now, at, labels.take(column + _begins(groups, m)), grows, dead, hashes, blank=blank, label=label), source
 
 
 def _merged(now: Beam, total: np.ndarray, scores: np.ndarray, repeats: np.ndarray, combine: Any) -> np.ndarray:
     """[B, K] label scores with what other prefixes would grow into these, which is taken out of scores: before anything is pruned."""
     parent = (now.key[:, None] == now.parent_key[..., None]).argmax(2)
-    at = parent + np.arange(0, parent.size, parent.shape[1])[:, None]
+    at = parent + _begins(*parent.shape)
     has = now.key.take(at) == now.parent_key
     incoming = np.where(now.last.take(at) == now.last, now.blank.take(at), total.take(at))
     b, child, m = (repeats & has[..., None]).nonzero()
@@ -251,12 +250,18 @@ def _merged(now: Beam, total: np.ndarray, scores: np.ndarray, repeats: np.ndarra
     return combine(now.label, np.where(has, incoming, NEG))
 
 
+@lru_cache
+def _begins(rows: int, columns: int) -> np.ndarray:
+    """[rows, 1] where each row of an array begins, counted through all of it."""
+    return np.arange(0, rows * columns, columns)[:, None]
+
+
 def _best(ranked: np.ndarray, beam: int, floor: float | None) -> tuple[np.ndarray, np.ndarray]:
     """([B, K'] indices of the greatest of ranked [B, C], best first, [B, K'] those scores, -inf below the floor)."""
-    begin = np.arange(0, ranked.size, ranked.shape[1])[:, None]
+    begin = _begins(*ranked.shape)
     if ranked.shape[1] > 4 * beam:
         chosen = ranked.argpartition(-beam, axis=1)[:, -beam:]
-        chosen = chosen.take((-ranked.take(chosen + begin)).argsort(axis=1) + np.arange(0, chosen.size, beam)[:, None])
+        chosen = chosen.take((-ranked.take(chosen + begin)).argsort(axis=1) + _begins(len(chosen), beam))
     else:
         chosen = (-ranked).argsort(axis=1)[:, :beam]
     best = ranked.take(chosen + begin)
@@ -267,21 +272,19 @@ def _best(ranked: np.ndarray, beam: int, floor: float | None) -> tuple[np.ndarra
 
 
 def _moved(
-    now: Beam, at: np.ndarray, grown: np.ndarray, stays: np.ndarray, dead: np.ndarray | None, hashes: np.ndarray, **score: np.ndarray
+    now: Beam, at: np.ndarray, grown: np.ndarray, grows: np.ndarray, dead: np.ndarray | None, hashes: np.ndarray, **score: np.ndarray
 ) -> Beam:
-    """The beam of the slots `at` (counted through the batch), each longer by the label `grown` where it does not stay."""
+    """The beam of the slots `at` (counted through the batch), each longer by the label `grown` where it grows."""
     key, length = now.key.take(at), now.length.take(at)
-    history = now.history.reshape(-1, now.history.shape[2])[at]
-    new = (~stays.ravel()).nonzero()[0]
-    longest = length + ~stays
-    history = _with_room(history, int(longest.max()))
-    history.reshape(-1)[new * history.shape[2] + length.take(new)] = grown.take(new)
-    parent_key = np.where(stays, now.parent_key.take(at), key)
-    key = np.where(stays, key, key * _MULTIPLIER + hashes.take(grown))
+    history = _with_room(now.history.reshape(-1, now.history.shape[2])[at], int(length.max()) + 1)
+    # Behind the end of one that does not grow stands a 0 then, which nobody reads.
+    history.reshape(-1)[length + _begins(at.size, history.shape[2]).reshape(at.shape)] = grown
+    parent_key = np.where(grows, key, now.parent_key.take(at))
+    key = np.where(grows, key * _MULTIPLIER + hashes.take(grown), key)
     if dead is not None:
         key[dead], parent_key[dead], score["blank"][dead], score["label"][dead] = -1, 0, NEG, NEG
-    last = np.where(stays, now.last.take(at), grown)
-    return Beam(score["blank"], score["label"], last, longest, history, key, parent_key)
+    last = np.where(grows, grown, now.last.take(at))
+    return Beam(score["blank"], score["label"], last, length + grows, history, key, parent_key)
 
 
 def _begin(fused: Fused, groups: int, labels: int) -> Term:

@@ -226,7 +226,7 @@ class _Case:
         for k, word in enumerate(spelled, start=1):
             if word:
                 _, state = scorer.advance(state, torch.tensor([word]), torch.tensor([len(word)]))
-            out[k] = torch.logaddexp(state.label[0], state.blank[0])
+            out[k] = state.both[0]
             if out[k, -1] < IMPOSSIBLE / 10:  # nor does anything longer fit
                 break
         return np.where(out < IMPOSSIBLE / 10, NEG, out)

@@ -21,12 +21,15 @@ FLOOR = -1e4
 IMPOSSIBLE = -1e9
 """A path that does not exist; far below anything a sum of FLOORs reaches."""
 
+FAINT, LEAST = 1e-40, 1e-25
+"""Frames before which a prefix is so improbable, against its best one, add nothing to a sum over frames that is at least LEAST."""
+
 
 @dataclass(frozen=True)
 class PrefixState:
     """Forward scores of the prefixes. T frames; column 0 is before the first frame."""
 
-    label: Tensor  # [R, T+1] log p of the frames so far, prefix complete, last frame its last label
+    both: Tensor  # [R, T+1] log p of the frames so far, prefix complete
     blank: Tensor  # [R, T+1] ... last frame blank
     prefix: Tensor  # [R] log p(prefix ...)
     last: Tensor  # [R] last label, -1 before the first
@@ -47,31 +50,30 @@ class CtcPrefix(Scorer[PrefixState]):
         past = torch.arange(x.shape[1], device=x.device)[None] >= lengths[:, None]
         x = x.masked_fill(past[..., None], IMPOSSIBLE)
         x[..., self.blank] = x[..., self.blank].masked_fill(past, 0.0)
-        self.log_probs_ = x
-        self.product_dtype = torch.float64 if x.device.type == "cpu" else torch.float32
+        self.blanks = torch.nn.functional.pad(x[..., self.blank].cumsum(1), (1, 0))  # [B, T+1] log p of nothing but blank
         self.shift = x.amax(1).clamp(min=FLOOR)  # [B, V] by label, so that rare labels do not underflow
-        self.probs = (x - self.shift[:, None]).exp().to(self.product_dtype)
+        dtype = torch.float64 if x.device.type == "cpu" else torch.float32
+        self.probs = (x - self.shift[:, None]).exp().to(dtype)
+        self.by_label = x.transpose(1, 2).contiguous()  # [B, V, T], where a label's frames lie together
 
     def start(self, rows: int) -> PrefixState:
-        x = self.log_probs_
-        zero = x.new_zeros(rows, 1)
-        label = x.new_full((rows, x.shape[1] + 1), IMPOSSIBLE)
-        index = torch.arange(rows, device=x.device)
-        return PrefixState(label, torch.cat([zero, x[..., self.blank].cumsum(1)], 1), zero[:, 0], torch.full_like(index, -1), index)
+        index = torch.arange(rows, device=self.blanks.device)
+        return PrefixState(self.blanks, self.blanks, self.blanks[:, 0], torch.full_like(index, -1), index)
 
     def log_probs(self, state: PrefixState, labels: Tensor | None = None) -> Tensor:
-        phi = torch.logaddexp(state.label, state.blank)[:, :-1]  # [R, T] at t-1
+        phi = state.both[:, :-1]  # [R, T] at t-1
         peak = phi.amax(1, keepdim=True)
-        summed = self._product((phi - peak).exp(), state.utterance)
+        psi = self._product((phi - peak).exp(), state.utterance).double().log_()
+        psi += self.shift[state.utterance]
+        psi += _possible(peak)
         at = state.last.clamp(min=0)[:, None]
-        shift = self.shift[state.utterance]
-        repeat = ((state.blank[:, :-1] - peak).exp() * self.probs[state.utterance, :, at[:, 0]]).sum(1, keepdim=True)
-        summed = summed.scatter(1, at, torch.where(state.last[:, None] < 0, summed.gather(1, at), repeat.to(summed.dtype)))
-        psi = summed.double().log() + shift + peak
-        out = _possible(psi) - state.prefix[:, None]
+        repeat = _possible(torch.logsumexp(state.blank[:, :-1] + self.by_label[state.utterance, at[:, 0]], 1, keepdim=True))
+        psi.scatter_(1, at, torch.where(state.last[:, None] < 0, psi.gather(1, at), repeat))
+        psi -= state.prefix[:, None]
+        out = psi.float()
         out[:, self.blank] = NEG
-        out[:, self.vocabulary.eos] = self.finish(state).double()
-        return (out if labels is None else out.gather(1, labels.to(out.device))).float()
+        out[:, self.vocabulary.eos] = self.finish(state)
+        return out if labels is None else out.gather(1, labels.to(out.device))
 
     def advance(self, state: PrefixState, labels: Tensor, lengths: Tensor) -> tuple[Tensor, PrefixState]:
         begin = state.prefix
@@ -82,44 +84,61 @@ class CtcPrefix(Scorer[PrefixState]):
         return gained.float(), state
 
     def _one(self, state: PrefixState, label: Tensor, active: Tensor) -> PrefixState:
-        x = self.log_probs_[state.utterance, :, label]  # [R, T]
-        b = self.log_probs_[state.utterance, :, self.blank]
-        both = torch.logaddexp(state.label, state.blank)
-        phi = torch.where((label == state.last)[:, None], state.blank, both)[:, :-1]
-        none = x.new_full((len(x), 1), IMPOSSIBLE)
+        x, blanks = self.by_label[state.utterance, label], self.blanks[state.utterance]  # [R, T], [R, T+1]
+        phi = torch.where((label == state.last)[:, None], state.blank, state.both)[:, :-1]
+        grown = phi + x
         # r(t) = x(t) + log(r(t-1) + phi(t-1)) solved with C = cumsum(x): r - C is a cumulative log-sum-exp.
-        c, d = x.cumsum(1), b.cumsum(1)
-        new_label = torch.cat([none, c + torch.logcumsumexp(phi - c + x, 1)], 1)
-        new_blank = torch.cat([none, d + torch.logcumsumexp(new_label[:, :-1] - d + b, 1)], 1)
-        prefix = torch.logsumexp(phi + x, 1)
+        c = x.cumsum(1)
+        new = x.new_full(blanks.shape, IMPOSSIBLE)
+        torch.add(c, torch.logcumsumexp(grown - c, 1), out=new[:, 1:])
+        new_blank = torch.full_like(new, IMPOSSIBLE)
+        torch.add(blanks[:, 1:], torch.logcumsumexp(new[:, :-1] - blanks[:, :-1], 1), out=new_blank[:, 1:])
+        new_blank.clamp_(min=IMPOSSIBLE)
+        grown = PrefixState(torch.logaddexp(new, new_blank).clamp_(min=IMPOSSIBLE), new_blank, grown.logsumexp(1), label, state.utterance)
+        if bool(active.all()):
+            return grown
 
         def chosen(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, old)
 
         return PrefixState(
-            chosen(new_label.clamp(min=IMPOSSIBLE), state.label),
-            chosen(new_blank.clamp(min=IMPOSSIBLE), state.blank),
-            chosen(prefix, state.prefix),
+            chosen(grown.both, state.both),
+            chosen(grown.blank, state.blank),
+            chosen(grown.prefix, state.prefix),
             chosen(label, state.last),
             state.utterance,
         )
 
     def finish(self, state: PrefixState) -> Tensor:
-        return (_possible(torch.logaddexp(state.label[:, -1], state.blank[:, -1])) - state.prefix).float()
+        return (_possible(state.both[:, -1]) - state.prefix).float()
 
     def select(self, state: PrefixState, rows: Tensor) -> PrefixState:
         rows = rows.to(state.prefix.device)
-        return PrefixState(state.label[rows], state.blank[rows], state.prefix[rows], state.last[rows], state.utterance[rows])
+        return PrefixState(state.both[rows], state.blank[rows], state.prefix[rows], state.last[rows], state.utterance[rows])
 
     def _product(self, weights: Tensor, utterance: Tensor) -> Tensor:
         """[R, V] sum_t weights[r, t] * p_t of the row's utterance: one batched product, rows gathered by utterance."""
-        count = torch.bincount(utterance, minlength=len(self.probs))
-        order = torch.argsort(utterance, stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[utterance[order]]
-        table = weights.new_zeros(len(self.probs), int(count.max()), weights.shape[1]).to(self.product_dtype)
-        table[utterance, rank] = weights.to(self.product_dtype)
-        return torch.bmm(table, self.probs)[utterance, rank]
+        (rows, frames), groups = weights.shape, len(self.probs)
+        live = (weights > FAINT).any(0).nonzero()
+        begin, end = (int(live[0]), int(live[-1]) + 1) if len(live) else (0, 0)
+        weights, each = weights.to(self.probs.dtype), torch.arange(groups, device=utterance.device)[:, None]
+        if rows % groups == 0 and bool((utterance.view(groups, rows // groups) == each).all()):
+            table, place = weights.view(groups, rows // groups, frames), None
+        else:
+            count = torch.bincount(utterance, minlength=groups)
+            order = torch.argsort(utterance, stable=True)
+            rank = torch.empty_like(order)
+            rank[order] = torch.arange(rows, device=order.device) - (count.cumsum(0) - count)[utterance[order]]
+            table, place = weights.new_zeros(groups, int(count.max()), frames), (utterance, rank)
+            table[place] = weights
+
+        def summed(first: int, last: int) -> Tensor:
+            sums = torch.bmm(table[..., first:last], self.probs[:, first:last])
+            return sums.flatten(0, 1) if place is None else sums[place]
+
+        out = summed(begin, end)
+        # A label that is so rare in the frames that count may owe what it has to the others.
+        return summed(0, frames) if end - begin < frames and bool((out < LEAST).any()) else out
 
 
 def _possible(score: Tensor) -> Tensor:
