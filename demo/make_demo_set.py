@@ -1,6 +1,7 @@
 """Makes the embedded demo set: real recordings from registry packages whose licences allow it, as 16 kHz FLAC with a manifest.
 
     python demo/make_demo_set.py [--packages FOLDER] [--output src/duolect/embedded/demo] [--not-in a/manifest.jsonl ...]
+    python demo/make_demo_set.py --rest --output FOLDER --not-in TRAINING/manifest.jsonl   # the other prompts, and the texts of all
 
 Needs pip, apt-get and dpkg-deb (Debian bookworm's lists: `apt-get update`), ffmpeg for G.722, and soundfile.
 """
@@ -8,6 +9,7 @@ Needs pip, apt-get and dpkg-deb (Debian bookworm's lists: `apt-get update`), ffm
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import shutil
 import subprocess
@@ -21,10 +23,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from duolect.data.text import as_said
+
 RATE = 16000
 HERE = Path(__file__).resolve().parent
 PYPI = "pyannote.audio==4.0.7"
 DEBIAN = {"pocketsphinx-testdata": "0.8+5prealpha+1-15", "asterisk-core-sounds-en-g722": "1.6.1-1"}
+TEXTS = {"asterisk-core-sounds-en": "1.6.1-1"}
 SPHINX = "usr/share/pocketsphinx/test/data"
 PROMPTS = "usr/share/asterisk/sounds/en_US_f_Allison"
 SHORT_SECONDS = 2.0  # a shorter piece of conversation is joined with what its speaker says next
@@ -92,6 +97,10 @@ SAID: dict[str, list[tuple[float, float, str]]] = {
 }  # fmt: skip
 
 
+# Prompts with spelled abbreviations, and those whose recording does not say what the package writes, by what Whisper base hears.
+WRONG = {"confbridge-binaural-off", "confbridge-binaural-on", "spy-h323", "spy-nbs", "unidentified-no-callback"}
+
+
 @dataclass(frozen=True)
 class Piece:
     """One utterance: samples [N] at 16 kHz and its manifest fields, except audio_filepath and duration."""
@@ -105,15 +114,16 @@ class Piece:
     source: str
 
 
-def fetch(packages: Path) -> Path:
+def fetch(packages: Path, debian: dict[str, str], *, pypi: bool) -> Path:
     """The folder with all packages unpacked; downloads only what is not in `packages` yet."""
     unpacked = packages / "unpacked"
     packages.mkdir(parents=True, exist_ok=True)
-    if not list(packages.glob("pyannote*.whl")):
-        run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", PYPI], cwd=packages)
-    with zipfile.ZipFile(next(packages.glob("pyannote*.whl"))) as wheel:
-        wheel.extractall(unpacked)
-    for name, version in DEBIAN.items():
+    if pypi:
+        if not list(packages.glob("pyannote*.whl")):
+            run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", PYPI], cwd=packages)
+        with zipfile.ZipFile(next(packages.glob("pyannote*.whl"))) as wheel:
+            wheel.extractall(unpacked)
+    for name, version in debian.items():
         if not list(packages.glob(f"{name}_*.deb")):
             run(["apt-get", "download", "--quiet", f"{name}={version}"], cwd=packages)
         run(["dpkg-deb", "--extract", str(next(packages.glob(f"{name}_*.deb"))), str(unpacked)], cwd=packages)
@@ -165,16 +175,45 @@ def sphinx(unpacked: Path) -> Iterator[Piece]:
 
 def prompts(unpacked: Path) -> Iterator[Piece]:
     """Sentences of long telephone prompts."""
+    for name, sentences in SAID.items():
+        samples = prompt(unpacked, name)
+        for n, (start, end, text) in enumerate(sentences):
+            yield said(name, cut(samples, start, end), text, f"-{n}" if len(sentences) > 1 else "")
+
+
+def rest(unpacked: Path, manifests: list[Path]) -> Iterator[Piece]:
+    """The prompts of three words and more that are neither in the demo set nor in the manifests, by recording or text, each text once."""
+    lines = [line for path in manifests for line in map(json.loads, path.read_text().splitlines())]
+    names = {line["id"].split("__")[-1] for line in lines}
+    texts = {line["text"] for line in lines}
+    for name, written in written_prompts(unpacked):
+        text = as_said(written)
+        if len(text.split()) > 2 and text not in texts and not ({name, name.replace("/", "_")} & (names | SAID.keys() | WRONG)):
+            texts.add(text)
+            yield said(name, prompt(unpacked, name), text)
+
+
+def written_prompts(unpacked: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of every prompt, as the package writes them."""
+    with gzip.open(unpacked / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            name, colon, written = line.partition(":")
+            if colon and not line.startswith(";"):
+                yield name.strip(), written.strip()
+
+
+def prompt(unpacked: Path, name: str) -> np.ndarray:
+    """[N] samples of a prompt."""
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:
         sys.exit("ffmpeg is not on the PATH: it decodes G.722; apt-get install ffmpeg")
-    for name, sentences in SAID.items():
-        raw = run([ffmpeg, "-v", "error", "-f", "g722", "-i", f"{name}.g722", "-f", "s16le", "-"], cwd=unpacked / PROMPTS)
-        samples = np.frombuffer(raw, "<i2").astype(np.float32) / 32768
-        for n, (start, end, text) in enumerate(sentences):
-            id = f"prompts-{name.replace('/', '-')}" + (f"-{n}" if len(sentences) > 1 else "")
-            source = f"Debian asterisk-core-sounds-en-g722 {DEBIAN['asterisk-core-sounds-en-g722']}"
-            yield Piece(cut(samples, start, end), id, text, "allison_smith", "prompts", CC, source)
+    raw = run([ffmpeg, "-v", "error", "-f", "g722", "-i", f"{name}.g722", "-f", "s16le", "-"], cwd=unpacked / PROMPTS)
+    return np.frombuffer(raw, "<i2").astype(np.float32) / 32768
+
+
+def said(name: str, samples: np.ndarray, text: str, number: str = "") -> Piece:
+    source = f"Debian asterisk-core-sounds-en-g722 {DEBIAN['asterisk-core-sounds-en-g722']}"
+    return Piece(samples, f"prompts-{name.replace('/', '-')}{number}", text, "allison_smith", "prompts", CC, source)
 
 
 def read(path: Path) -> np.ndarray:
@@ -201,10 +240,19 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, help="where downloads lie or go (default: a temporary folder)")
     parser.add_argument("--output", type=Path, default=HERE.parent / "src/duolect/embedded/demo")
     parser.add_argument("--not-in", type=Path, action="append", default=[], help="a manifest of training data, whose texts are refused")
+    parser.add_argument("--rest", action="store_true", help="instead: all other prompts as a test set, and texts.txt, what all of them say")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        unpacked = fetch((options.packages or Path(temporary)).resolve())
-        pieces = [*conversation(unpacked), *sphinx(unpacked), *prompts(unpacked)]
+        packages = (options.packages or Path(temporary)).resolve()
+        if options.rest:
+            unpacked = fetch(packages, {name: x for name, x in {**DEBIAN, **TEXTS}.items() if "asterisk" in name}, pypi=False)
+            pieces = list(rest(unpacked, options.not_in))
+            options.output.mkdir(parents=True, exist_ok=True)
+            texts = [written for _, written in written_prompts(unpacked)]
+            (options.output / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+        else:
+            unpacked = fetch(packages, DEBIAN, pypi=True)
+            pieces = [*conversation(unpacked), *sphinx(unpacked), *prompts(unpacked)]
     require_unseen(pieces, options.not_in)
     audio = options.output / "audio"
     shutil.rmtree(audio, ignore_errors=True)

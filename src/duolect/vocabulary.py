@@ -237,13 +237,11 @@ class TokenizerVocabulary(Vocabulary):
         self._continues = any(p.startswith("##") for p in self._pieces)
 
     @classmethod
-    def load(
-        cls, folder: str | Path, *, bos: int | None = None, eos: int | None = None, blank: int | None = None, **options: Any
-    ) -> TokenizerVocabulary:
+    def load(cls, folder: str | Path, *, bos: int | None = None, eos: int | None = None, blank: int | None = None) -> TokenizerVocabulary:
         """The tokenizer of a hub id or a local folder."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(str(folder), **options), bos=bos, eos=eos, blank=blank)
+        return cls(AutoTokenizer.from_pretrained(str(folder)), bos=bos, eos=eos, blank=blank)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""duolect lm finetune, train, ppl."""
+"""duolect lm finetune, train, text, ppl."""
 
 from __future__ import annotations
 
@@ -75,3 +75,14 @@ def test_short_texts_and_unknown_words_are_said(text: Path, units: Path, sources
     assert code == 2 and "is to learn: name new units with --units" in err and not (tmp_path / "b").exists()
     code, out, err = duolect("lm", "finetune", tmp_path / "a.arpa", "--text", text)
     assert code == 2 and "a.arpa: is an n-gram, expected a causal language model" in err
+
+
+def test_a_text_of_a_domain_without_what_is_tested(tmp_path: Path, duolect) -> None:
+    (tmp_path / "all.txt").write_text("Press 1.\nThe room is Locked!\nThe room that we saw is locked.\nNow the room is locked\n(tone)\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "the room is locked"}) + "\n")
+    out = tmp_path / "domain.txt"
+    code, said, err = duolect("lm", "text", tmp_path / "all.txt", "--out", out, "--without", tmp_path / "test.jsonl")
+    assert code == 0 and out.read_text() == "press one\nthe room that we saw is locked\n", err
+    assert said == f"{out}: 2 sentences, 9 words; left out: 1 that are tested, 1 that share 5 words in a row with one\n"
+    code, _, err = duolect("lm", "text", tmp_path / "test.jsonl", "--out", out, "--without", tmp_path / "test.jsonl")
+    assert code == 2 and "of 1 sentences 1 are tested and 0 nearly: nothing is left" in err and len(out.read_text()) > 30

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import duolect.data.text as text_module
-from duolect.data.text import TextError, TextLines
+from duolect.data.text import Tested, TextError, TextLines, as_said
 
 TEXT = "the cat\n\n  \t\n\ufeffa  dog sät\r\nLAST"
 
@@ -47,3 +47,27 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(IndexError):
         TextLines(tmp_path / "a.txt")[1]
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("...to mute, or un-mute your party’s phone!", "to mute or un mute your party's phone"),
+        ("Press 1, 'then' #. (a beep) <noise> [x]", "press one then"),
+        ("dial 8500 or 28.8 & 1,234,567", "dial eight thousand five hundred or twenty eight point eight and one million two hundred "
+         "thirty four thousand five hundred sixty seven"),
+        ("0800 12345678: 100% of 90", "zero eight zero zero one two three four five six seven eight one hundred percent of ninety"),
+        ("0, 13, 20.05", "zero thirteen twenty point zero five"),
+        ("(10 seconds of silence)", ""),
+    ],
+)  # fmt: skip
+def test_a_written_text_as_it_is_said(written: str, said: str) -> None:
+    assert as_said(written) == said and as_said(said) == said
+
+
+def test_what_is_tested_is_found_and_so_is_what_is_nearly() -> None:
+    tested = Tested(["to lock or unlock the big conference", "has left the room", "thank you"], run=5)
+    assert [tested.has(x) for x in ("has left the room", "thank you", "left the room")] == [True, True, False]
+    near = ("or unlock the big conference now", "or unlock the big", "press one if he has left the room", "left the room")
+    far = ("lock or unlock the conference", "the big", "thank you very much", "he left the house", "", "left the big room", "or the room")
+    assert all(tested.near(x) for x in near) and not any(tested.near(x) for x in far)

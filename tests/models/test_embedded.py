@@ -12,6 +12,7 @@ import pytest
 
 from duolect.models import embedded
 from duolect.models.embedded import Embedded, EmbeddedError
+from tests.models.test_speech_llm import tokenizer, write_llm
 
 CONTENT = b"the weights of a small model"
 
@@ -121,6 +122,28 @@ def test_two_pulls_convert_once(small: Embedded, monkeypatch: pytest.MonkeyPatch
     for thread in threads:
         thread.join()
     assert len(calls) == 1
+
+
+def test_a_gguf_file_is_converted_once_as_long_as_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from duolect.models.lm import HFCausalLM, language_vocabulary
+    from duolect.search.rescore import text_scores
+
+    made: list[bytes] = []
+
+    def as_folder(name: str, path: Path, folder: Path) -> None:
+        made.append(path.read_bytes())
+        write_llm("llama", folder, tokenizer())
+
+    monkeypatch.setattr(embedded, "_from_gguf", as_folder)
+    monkeypatch.setenv("DUOLECT_CACHE", str(tmp_path / "cache"))
+    (file := tmp_path / "a.gguf").write_bytes(b"weights")
+    write_llm("llama", tmp_path / "folder", tokenizer())
+    scores = [text_scores(HFCausalLM.load(name), ["ab ba"]) for name in (file, tmp_path / "folder")]
+    assert scores[0] == scores[1] and made == [b"weights"]
+    assert language_vocabulary(file).digest() == language_vocabulary(tmp_path / "folder").digest() and made == [b"weights"]
+    file.write_bytes(b"other weights")
+    assert embedded.converted(file) == embedded.converted(file) and made == [b"weights", b"other weights"]
+    assert [name.split("-")[0] for name in left_in(tmp_path / "cache")] == ["a", "a"]
 
 
 @pytest.mark.slow

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from duolect.config import digest, from_json, to_json, with_overrides
 from duolect.data.text import TextLines
-from duolect.models.finetuned import LmDims
-from duolect.models.lm import HFCausalLM
+from duolect.models import decoder
+from duolect.models.decoder import OutputLayer
+from duolect.models.finetuned import Learns, LmDims, fitted
+from duolect.models.lm import HFCausalLM, load_language_model
 from duolect.models.lora import Lora
 from duolect.recipes.language import LmExperiment, LmShape, Text, finetune, run, scratch
 from duolect.run import RunError
@@ -119,6 +122,48 @@ def test_batches_hold_every_sentence_once_and_losses_are_those_of_single_sentenc
         for row, i in zip(batch.targets, micro, strict=True):
             wanted = [*vocabulary.encode(task._text(i)), vocabulary.eos][:8]
             assert [x for x in row.tolist() if x != IGNORED] == wanted
+
+
+@pytest.mark.parametrize("learns", ["all", "lora", "nothing"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_losses_in_pieces_give_the_gradients_of_whole_logits(
+    kind: str, learns: Learns, text: Path, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> tuple[LmTask, dict[str, torch.nn.Parameter]]:
+        torch.manual_seed(0)
+        model, own = load_language_model(sources[kind])
+        model.config.final_logit_softcapping = 3.0  # pyright: ignore[reportAttributeAccessIssue]
+        vocabulary = fitted(model, own, LmDims(learns, Lora(2, targets=(), dropout=0.0), "rest" if learns == "lora" else "learn"))
+        model.eval()
+        task = LmTask(model, vocabulary, TextLearning(), [(TextLines(text), 1)], {}, seed=0, save=lambda *a, **b: None)
+        return task, {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    most: list[int] = []
+    whole = OutputLayer.__call__
+
+    def watched(layer: OutputLayer, hidden: Tensor) -> Tensor:
+        most.append(len(hidden))
+        return whole(layer, hidden)
+
+    monkeypatch.setattr(OutputLayer, "__call__", watched)
+    task, learned = made()
+    monkeypatch.setattr(decoder, "LOGITS_AT_ONCE", 4 * task.vocabulary.size)
+    batch = task._batch([task.vocabulary.encode(x) for x in TEXTS[:5]])
+    (task.losses(batch)["nats"] / 7).backward()
+    assert set(most[:-1]) == {4} and sum(most) == batch.counts["nats"], "padding has no logits"
+
+    other, wanted = made()
+    logits: Tensor = other.model(input_ids=batch.inputs).logits[..., : other.vocabulary.size]
+    logits = 3.0 * (logits / 3.0).tanh()
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    (nats / 7).backward()
+    assert learned.keys() == wanted.keys() and learned
+    for name, p in learned.items():
+        torch.testing.assert_close(p.grad, wanted[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+    with torch.inference_mode():
+        assert float(task.losses(batch)["nats"]) == pytest.approx(float(nats.detach()), rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(task.losses(batch)["nats"].detach()) == pytest.approx(float(nats.detach()), rel=0.02)
 
 
 def test_what_is_wrong_is_said_before_training(text: Path, units: Path, sources: dict[str, Path], tmp_path: Path, capsys) -> None:

@@ -81,7 +81,15 @@ def test_a_language_model_learns_the_same_in_copies_and_in_shards(tmp_path: Path
             "cpu",
             *options,
         ]
-        words += ["--set", "training.epochs=null", "training.steps=6", "model.dim=128", "model.heads=1", "learning.batch_labels=40"]
+        words += [
+            "--set",
+            "training.precision=fp32",
+            "training.epochs=null",
+            "training.steps=6",
+            "model.dim=128",
+            "model.heads=1",
+            "learning.batch_labels=40",
+        ]
         launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
         launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         start = [sys.executable, *launch, sys.executable] if processes > 1 else [sys.executable]

@@ -45,6 +45,7 @@ def main() -> None:
         "fusion": study.fusion,
         "lm finetune": language.finetune,
         "lm train": language.train,
+        "lm text": language.text,
         "lm ppl": language.ppl,
         "prior": prior.prior,
         "models": maintenance.models,

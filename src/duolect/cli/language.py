@@ -73,6 +73,46 @@ def train(
     return trained(replace(scratch(text, check, units), case=case), run, out, options)
 
 
+def text(
+    sources: Positional[tuple[Path, ...]],
+    /,
+    out: Path,
+    without: tuple[Path, ...] = (),
+    run: int = 5,
+) -> int:
+    """Writes texts as transcripts are written (English: lower case, numbers in words, no punctuation), without what is to be tested.
+
+    Example: duolect lm text mails.txt old/manifest.jsonl --out domain.txt --without test/manifest.jsonl
+
+    Args:
+        sources: Text files with a sentence a line, manifests.
+        out: The text file, a sentence a line, for `duolect lm finetune --text`.
+        without: Texts and manifests that will be tested: their sentences are left out, and so is what is nearly one.
+        run: Words in a row that a sentence must share with a tested one to be nearly one; all words of the shorter one are enough,
+            three or more.
+    """
+    from duolect.data.text import Tested, TextLines, as_said
+
+    at_least(3, run=run)
+    writable("--out", out)
+    tested = Tested((as_said(line) for path in without for line in TextLines(path)), run=run)
+    read, same, near, words = 0, 0, 0, 0
+    kept: list[str] = []
+    for line in (as_said(line) for path in sources for line in TextLines(path)):
+        read += bool(line)
+        same += (has := tested.has(line))
+        near += (is_near := not has and tested.near(line))
+        if line and not has and not is_near:
+            kept.append(line)
+            words += len(line.split())
+    if not kept:
+        raise ValueError(f"{' '.join(map(str, sources))}: of {read} sentences {same} are tested and {near} nearly: nothing is left")
+    out.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    left = f"; left out: {same} that are tested, {near} that share {run} words in a row with one" if without else ""
+    print(f"{out}: {len(kept)} sentences, {words} words{left}")
+    return 0
+
+
 def ppl(
     lm: tuple[str, ...],
     text: tuple[Path, ...],

@@ -1,10 +1,11 @@
-"""Texts to learn from and to score: a sentence a line, or the transcripts of a manifest, of any size."""
+"""Texts to learn from and to score: a sentence a line, or the transcripts of a manifest, of any size; written texts as they are said."""
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,6 +14,14 @@ import numpy as np
 from duolect.data.filter import Case, with_case
 
 _BLOCK = 1 << 24
+_NOTE = re.compile(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>")
+_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+_SAID = str.maketrans({"’": "'", "&": " and ", "%": " percent "})
+_TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+_ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", *_TEENS)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_SIZES = ((10**9, "billion"), (10**6, "million"), (1000, "thousand"), (100, "hundred"))
+_FEWEST = 3  # words that a text must have to be found within another
 
 
 class TextError(ValueError):
@@ -95,3 +104,51 @@ def _lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
     keep = np.concatenate([*full, np.array([True] if solid else [], bool)]).astype(bool)
     start = np.concatenate([[0], end[:-1] + 1]).astype(np.int64)[: len(end)]
     return start[keep], end[keep]
+
+
+def as_said(text: str) -> str:
+    """A written English text as a recognizer writes it: lower case, numbers in words, without punctuation and notes in brackets."""
+    text = _NUMBER.sub(lambda found: f" {_in_words(found[0])} ", _NOTE.sub(" ", text).translate(_SAID))
+    words = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower()).split()
+    return " ".join(filter(None, (word.strip("'") for word in words)))
+
+
+def _in_words(number: str) -> str:
+    whole, _, part = number.partition(".")
+    # A number that begins with 0, or is as long as those of telephones, is read digit by digit.
+    spelled = (len(whole) > 6 and "," not in whole) or (whole[0] == "0" and whole != "0")
+    said = [_ONES[int(c)] for c in whole if c != ","] if spelled else [_cardinal(int(whole.replace(",", "")))]
+    return " ".join([*said, *(["point", *(_ONES[int(c)] for c in part)] if part else [])])
+
+
+def _cardinal(number: int) -> str:
+    if number < 20:
+        return _ONES[number]
+    if number < 100:
+        return _TENS[number // 10 - 2] + (f" {_ONES[number % 10]}" if number % 10 else "")
+    size, name = next((size, name) for size, name in _SIZES if number >= size)
+    return f"{_cardinal(number // size)} {name}" + (f" {_cardinal(number % size)}" if number % size else "")
+
+
+class Tested:
+    """Texts that must not be learned from. run: words in a row that make a text too near to one of them."""
+
+    def __init__(self, texts: Iterable[str], *, run: int = 5) -> None:
+        self.run, self.texts = run, {tuple(text.split()) for text in texts}
+        self.runs = {n: {x for words in self.texts for x in _runs(words, n)} for n in range(_FEWEST, run + 1)}
+        self.short = {n: {words for words in self.texts if len(words) == n} for n in range(_FEWEST, run)}
+
+    def has(self, text: str) -> bool:
+        """Whether the text is one of them."""
+        return tuple(text.split()) in self.texts
+
+    def near(self, text: str) -> bool:
+        """Whether the text shares `run` words in a row with one of them, or all of the shorter of both, if that has three or more."""
+        words = tuple(text.split())
+        length = min(self.run, len(words))
+        shared = any(x in self.runs.get(length, ()) for x in _runs(words, length))
+        return shared or any(x in short for n, short in self.short.items() for x in _runs(words, n))
+
+
+def _runs(words: Sequence[str], length: int) -> Iterable[tuple[str, ...]]:
+    return (tuple(words[i : i + length]) for i in range(len(words) - length + 1))

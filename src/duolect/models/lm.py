@@ -14,7 +14,7 @@ from duolect.models import ModelError, Precision, loading
 from duolect.models.cache import Trie
 from duolect.models.ctc import kind_of, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
-from duolect.models.embedded import resolve
+from duolect.models.embedded import converted, resolve
 from duolect.models.finetuned import KIND, load_fitted, written_of
 from duolect.models.ngram import NGRAM_FILES
 from duolect.models.packed import NewNodes, bytes_per_position, node_cache, run_packed, use_packed_attention
@@ -76,32 +76,31 @@ def load_language_model(name: str | Path, *, dtype: Precision = "float32") -> tu
         raise ModelError(f"{name}: is an n-gram, expected a causal language model of transformers: name smollm2-135m, a folder or a hub id")
     if not (Path(name) / "config.json").is_file() and (Path(name) / "model" / "config.json").is_file():
         raise ModelError(f"{name}: is the folder of a training run: name {Path(name) / 'model'}")
-    source, options = _located(name)
+    source = _located(name)
     with loading(name, "a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa", **options)
-    return model, _vocabulary(source, model.config, options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    return model, _vocabulary(source, model.config)
 
 
 def language_vocabulary(name: str | Path) -> Vocabulary:
     """The vocabulary of a model that `HFCausalLM.load` loads, without the weights where they are not needed for it."""
     if kind_of(name) in (KIND, "speech_llm"):
         return HFCausalLM.load(name).vocabulary
-    source, options = _located(name)
-    return _vocabulary(source, AutoConfig.from_pretrained(source, **options), options)
+    source = _located(name)
+    return _vocabulary(source, AutoConfig.from_pretrained(source))
 
 
-def _located(name: str | Path) -> tuple[str, dict[str, Any]]:
-    """The folder or hub id of a model, and the options that say which file of it."""
-    path = Path(name)
-    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" and path.is_file() else (str(name), {})
+def _located(name: str | Path) -> str:
+    """The folder or hub id of a model; of a .gguf file the folder that it was converted to."""
+    return str(converted(Path(name)) if Path(name).suffix == ".gguf" and Path(name).is_file() else name)
 
 
-def _vocabulary(source: str, config: Any, options: dict[str, Any]) -> Vocabulary:
+def _vocabulary(source: str, config: Any) -> Vocabulary:
     if (Path(source) / VOCABULARY_FILE).is_file():
         return load_vocabulary(source)
     # A model without a bos (Qwen) starts from its end-of-text label (paper.md 6.22).
     ends = {name: x[0] if isinstance(x := getattr(config, f"{name}_token_id"), list) else x for name in ("bos", "eos")}
-    return TokenizerVocabulary.load(source, **ends, **options)
+    return TokenizerVocabulary.load(source, **ends)
 
 
 def longest_history(model: PreTrainedModel) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from duolect.config import registered
 from duolect.data.batching import dealt, shuffled_batches
 from duolect.data.pieces import SubwordSampler
 from duolect.data.text import TextLines
+from duolect.models import decoder
+from duolect.models.decoder import OutputLayer
+from duolect.models.lm import output_layer
 from duolect.train.task import Batch, Place, Ratio, Task, shares
 from duolect.vocabulary import Vocabulary
 
@@ -51,6 +54,59 @@ class Sentences(Batch):
         return {"nats": int((self.targets != IGNORED).sum())}
 
 
+class _Nats(torch.autograd.Function):
+    """Sum of -log p of labels [N] behind hidden states [N, width], by piece; a piece's gradients are made at once, its logits not kept.
+
+    A thousand labels of a vocabulary of 262 k would be 1 GiB of logits, and as much again for each step from them to the loss and back.
+    """
+
+    @staticmethod
+    def forward(  # learning: whether gradients are wanted, which a function does not know of itself
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, layer: OutputLayer, learning: bool
+    ) -> Tensor:
+        given = (hidden, weight, bias)
+        learn = [learning and x is not None and need for x, need in zip(given, ctx.needs_input_grad, strict=False)]
+        if not learn[1] and torch.is_autocast_enabled(hidden.device.type):  # once, not for every piece
+            weight = weight.to(torch.get_autocast_dtype(hidden.device.type))
+        sums = [torch.zeros_like(x) if x is not None and needed else None for x, needed in zip(given, learn, strict=True)]
+        total = torch.zeros((), device=hidden.device)
+        size = max(1, decoder.LOGITS_AT_ONCE // len(weight))
+        with torch.set_grad_enabled(any(learn)):
+            for at in range(0, len(labels), size):
+                pieces = [x if x is None else x.detach() for x in (hidden[at : at + size], weight, bias)]
+                wanted = [x.requires_grad_() for x, needed in zip(pieces, learn, strict=True) if x is not None and needed]
+                logits = replace(layer, weight=pieces[1], bias=pieces[2])(pieces[0])
+                nats = F.cross_entropy(logits, labels[at : at + size], reduction="sum")
+                total += nats.detach()
+                found = iter(torch.autograd.grad(nats, wanted) if wanted else ())
+                for number, x in enumerate(sums):
+                    if x is not None:
+                        (x if number else x[at : at + size]).add_(next(found))
+        ctx.save_for_backward(*(x for x in sums if x is not None))
+        ctx.learn = learn
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        saved = iter(ctx.saved_tensors)
+        return (*(next(saved) * gradients[0] if needed else None for needed in ctx.learn), None, None, None)
+
+
+class _NextLabel(nn.Module):
+    """Sum of -log p of targets [B, L], IGNORED ones left out: a network around the model, whose shards are gathered in its forward."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.model, self.vocabulary = model, vocabulary
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        # Padding lies behind what counts, so causal attention needs no mask.
+        hidden: Tensor = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+        real, layer = targets != IGNORED, output_layer(self.model, self.vocabulary)
+        nats: Any = _Nats.apply(hidden[real], layer.weight, layer.bias, targets[real], layer, torch.is_grad_enabled())
+        return nats
+
+
 class LmTask(Task[int, Sentences]):
     """Next-label prediction of sentences, each after bos and up to eos.
 
@@ -78,6 +134,11 @@ class LmTask(Task[int, Sentences]):
         self.sizes: list[float] = np.concatenate([counted[id(lines)] for lines in self.texts]).tolist()
         self.sampler = None if learning.sampling is None else SubwordSampler(vocabulary, alpha=learning.sampling)
         self._save = save
+        self._network = _NextLabel(model, vocabulary)
+
+    @property
+    def network(self) -> nn.Module:
+        return self._network
 
     def _lengths(self, lines: TextLines) -> np.ndarray:
         """[N] labels of each sentence, of large texts estimated."""
@@ -115,10 +176,7 @@ class LmTask(Task[int, Sentences]):
         return Sentences(inputs, targets)
 
     def losses(self, batch: Sentences) -> Mapping[str, Tensor]:
-        # Padding lies behind what counts, so causal attention needs no mask. The whole model is called: shards are gathered in its forward.
-        logits = self.model(input_ids=batch.inputs, use_cache=False).logits[..., : self.vocabulary.size]
-        flat = logits.float().flatten(0, 1)
-        return {"nats": F.cross_entropy(flat, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")}
+        return {"nats": self.network(batch.inputs, batch.targets)}
 
     def validate(self, rank: int, world: int) -> Mapping[str, Ratio]:
         found: dict[str, Ratio] = {}
