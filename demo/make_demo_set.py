@@ -97,7 +97,7 @@ SAID: dict[str, list[tuple[float, float, str]]] = {
 }  # fmt: skip
 
 
-# Prompts with spelled abbreviations, and those whose recording does not say what the package writes, by what Whisper base hears.
+# Prompts with spelled abbreviations or a misspelled text.
 WRONG = {"confbridge-binaural-off", "confbridge-binaural-on", "spy-h323", "spy-nbs", "unidentified-no-callback"}
 
 

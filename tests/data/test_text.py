@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import duolect.data.text as text_module
-from duolect.data.text import Tested, TextError, TextLines, as_said
+from duolect.data.text import HeldOut, TextError, TextLines, as_said
 
 TEXT = "the cat\n\n  \t\n\ufeffa  dog sät\r\nLAST"
 
@@ -66,7 +66,7 @@ def test_a_written_text_as_it_is_said(written: str, said: str) -> None:
 
 
 def test_what_is_tested_is_found_and_so_is_what_is_nearly() -> None:
-    tested = Tested(["to lock or unlock the big conference", "has left the room", "thank you"], run=5)
+    tested = HeldOut(["to lock or unlock the big conference", "has left the room", "thank you"], run=5)
     assert [tested.has(x) for x in ("has left the room", "thank you", "left the room")] == [True, True, False]
     near = ("or unlock the big conference now", "or unlock the big", "press one if he has left the room", "left the room")
     far = ("lock or unlock the conference", "the big", "thank you very much", "he left the house", "", "left the big room", "or the room")

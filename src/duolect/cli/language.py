@@ -91,11 +91,11 @@ def text(
         run: Words in a row that a sentence must share with a tested one to be nearly one; all words of the shorter one are enough,
             three or more.
     """
-    from duolect.data.text import Tested, TextLines, as_said
+    from duolect.data.text import HeldOut, TextLines, as_said
 
     at_least(3, run=run)
     writable("--out", out)
-    tested = Tested((as_said(line) for path in without for line in TextLines(path)), run=run)
+    tested = HeldOut((as_said(line) for path in without for line in TextLines(path)), run=run)
     read, same, near, words = 0, 0, 0, 0
     kept: list[str] = []
     for line in (as_said(line) for path in sources for line in TextLines(path)):

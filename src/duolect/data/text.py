@@ -130,7 +130,7 @@ def _cardinal(number: int) -> str:
     return f"{_cardinal(number // size)} {name}" + (f" {_cardinal(number % size)}" if number % size else "")
 
 
-class Tested:
+class HeldOut:
     """Texts that must not be learned from. run: words in a row that make a text too near to one of them."""
 
     def __init__(self, texts: Iterable[str], *, run: int = 5) -> None:

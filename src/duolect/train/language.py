@@ -73,7 +73,7 @@ class _Nats(torch.autograd.Function):
         size = max(1, decoder.LOGITS_AT_ONCE // len(weight))
         with torch.set_grad_enabled(any(learn)):
             for at in range(0, len(labels), size):
-                pieces = [x if x is None else x.detach() for x in (hidden[at : at + size], weight, bias)]
+                pieces: list[Any] = [x if x is None else x.detach() for x in (hidden[at : at + size], weight, bias)]
                 wanted = [x.requires_grad_() for x, needed in zip(pieces, learn, strict=True) if x is not None and needed]
                 logits = replace(layer, weight=pieces[1], bias=pieces[2])(pieces[0])
                 nats = F.cross_entropy(logits, labels[at : at + size], reduction="sum")
