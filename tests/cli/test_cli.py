@@ -553,3 +553,9 @@ def test_tune_says_what_parts_of_a_corpus_gain_and_what_is_wrong(duolect, tmp_pa
 def test_a_file_that_is_not_there_is_named(duolect, tmp_path):
     code, out, err = duolect("score", tmp_path / "none.jsonl")
     assert (code, out, err) == (2, "", f"duolect: {tmp_path / 'none.jsonl'}: No such file or directory: check the path and its rights\n")
+
+
+def test_settings_are_said_together_or_one_by_one(duolect):
+    code, shown, _ = duolect("train", "tiny", "--show", "--set", "training.log_every=3", "training.save_every=7", "--set", "units.size=9")
+    made = json.loads(shown)
+    assert code == 0 and (made["training"]["log_every"], made["training"]["save_every"], made["units"]["size"]) == (3, 7, 9)

@@ -6,6 +6,9 @@ import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import UseAppendAction, arg
 
 
 def at_least(least: int, **options: int | None) -> None:
@@ -41,8 +44,13 @@ def one_of(what: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(f"{what} {name!r} is unknown{f', is {near[0]} meant?' if near else ''}; known: {', '.join(names)}")
 
 
-def pairs(assignments: Iterable[str], *, such_as: str) -> dict[str, str]:
+Settings = Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="FIELD=VALUE ...")]
+"""What `--set a=1 b=2 --set c=3` gives: nothing of it is lost, however it is said."""
+
+
+def pairs(settings: Iterable[Iterable[str]], *, such_as: str) -> dict[str, str]:
     """Fields and values of `field=value` texts. Raises ValueError with an example."""
+    assignments = [text for group in settings for text in group]
     for text in assignments:
         if "=" not in text:
             raise ValueError(f"--set {text}: expected field=value, such as {such_as}")

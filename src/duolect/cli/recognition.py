@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, arg
 
-from duolect.cli.checks import at_least, corpus_name, pairs, writable
+from duolect.cli.checks import Settings, at_least, corpus_name, pairs, writable
 from duolect.cli.options import ModelOptions, device_of, of_one_folder, quiet, recognizer_for, report, say_score, source_of, write_tables
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def decode(
     models: Annotated[ModelOptions, arg(name="")] = ModelOptions(),
     decoding: str = "auto",
     fusion: Fusion | None = None,
-    set: UseAppendAction[tuple[str, ...]] = (),
+    set: Settings = (),
     keep: int | None = None,
     words: bool = False,
 ) -> int:
@@ -115,7 +115,7 @@ def decode(
         decoding: A named decoding (see `duolect compare --help`) or a JSON file; auto: labelwise-delayed where the unit LM has the
             acoustic model's units and there is one --lm, else as --fusion auto.
         fusion: How the models of --am and --lm are joined, in place of --decoding (see `duolect transcribe --help`).
-        set: Changes a field of the decoding: --set beam=16 --set terms.llm.scale=0.3
+        set: Changes fields of the decoding: --set beam=16 terms.llm.scale=0.3
         keep: At most so many hypotheses a line.
         words: Also times and confidences of the words.
     """

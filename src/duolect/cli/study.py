@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from duolect.cli.checks import at_least, one_of, pairs, writable
+from duolect.cli.checks import Settings, at_least, one_of, pairs, writable
 
 
 def study(
@@ -17,7 +17,7 @@ def study(
     out: Path | None = None,
     recipe: str = "speech_llm",
     dev: tuple[str, ...] = (),
-    set: Annotated[tuple[str, ...], arg(help="Changes of the recipe for all rows: field=value ..., such as training.seconds=600.")] = (),
+    set: Annotated[Settings, arg(help="Changes of the recipe for all rows, such as training.seconds=600.")] = (),
     decodings: tuple[str, ...] = (),
     limit: int | None = None,
     device: str | None = None,

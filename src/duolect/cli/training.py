@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from duolect.cli.checks import one_of, pairs, writable
+from duolect.cli.checks import Settings, one_of, pairs, writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 class RunOptions:
     """How a training runs."""
 
-    set: Annotated[
-        tuple[str, ...], arg(help="Deviations from the recipe: field=value ..., such as training.epochs=20; --show names the fields.")
-    ] = ()
+    set: Annotated[Settings, arg(help="Deviations from the recipe, such as training.epochs=20; --show names the fields.")] = ()
     device: str | None = None
     """cpu or cuda; default: a GPU if there is one."""
     shard: bool = False
