@@ -559,3 +559,11 @@ def test_settings_are_said_together_or_one_by_one(duolect):
     code, shown, _ = duolect("train", "tiny", "--show", "--set", "training.log_every=3", "training.save_every=7", "--set", "units.size=9")
     made = json.loads(shown)
     assert code == 0 and (made["training"]["log_every"], made["training"]["save_every"], made["units"]["size"]) == (3, 7, 9)
+
+
+def test_a_corpus_is_not_written_over(duolect, zoo, with_models, tmp_path):
+    shutil.copytree(zoo["corpus"], tmp_path / "corpus")
+    manifest = next((tmp_path / "corpus").glob("*.jsonl"))
+    before = manifest.read_bytes()
+    code, _, errors = duolect("decode", "--data", manifest, "--out", manifest, *with_models, "--decoding", "ctc-greedy")
+    assert code != 0 and "is the corpus that is to be read" in errors and manifest.read_bytes() == before

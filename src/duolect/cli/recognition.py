@@ -123,6 +123,8 @@ def decode(
 
     at_least(1, keep=keep)
     writable("--out", out)
+    if out.exists() and out.resolve() == Path(data).resolve():
+        raise ValueError(f"--out {out}: is the corpus that is to be read: name another file")
     failures: list[str] = []
     source = source_of(data, failures)
     if source is None:
