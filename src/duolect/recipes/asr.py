@@ -146,9 +146,9 @@ def whisper_ctc(sources: Sequence[str], checks: Sequence[str], text: str) -> Asr
 
 
 def speech_llm(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
-    """A small speech LLM, for CPUs: the embedded CTC model at rest, its words and their frames, SmolLM2-135M with low-rank paths.
+    """A small speech LLM, for CPUs: the embedded CTC model at rest, its words and their frames, duolect-lm with low-rank paths.
 
-    Real speech first, then synthesized: the first source is heard whole in every epoch, a fourteenth of each other. The noise makes the
+    Real speech first, then synthesized: the first source is heard whole in every epoch, an eighth of each other. The noise makes the
     CTC model, which has seen this speech, err as often as on speech that is new to it (35% of the words instead of 13%).
     """
     noise = Augmentation(noise_chance=0.9, snr_db=(-2.0, 15.0), spec=None)
@@ -158,16 +158,18 @@ def speech_llm(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrE
         after="\nCorrected transcript:",
         begin="\n",
         encoder="rest",
+        lora=Lora(targets=(), dropout=0.05),
     )
+    rates = {"top": 0.0, "encoder": 0.0, "adapter": 1e-3, "llm": 3e-4}
     return AsrExperiment(
         "speech_llm",
-        tuple(Corpus(x, 1 if i == 0 else 14, noise) for i, x in enumerate(sources)),
-        TrainConfig({"top": 0.0, "encoder": 0.0, "adapter": 1e-3, "llm": 3e-4}, seconds=3600, validate_every=250, save_every=250),
+        tuple(Corpus(x, 1 if i == 0 else 8, noise) for i, x in enumerate(sources)),
+        TrainConfig(rates, seconds=4800, precision="auto", validate_every=200, save_every=100, keep_best=3),
         FromModel(),
         _named(checks),
         Units(text=text, folder="duolect-ctc"),
-        llm=LlmPart(dims=dims),
-        learning=Learning(batch_seconds=30.0, kept_versions=2, decoder_check=24),
+        llm=LlmPart("duolect-lm", dims),
+        learning=Learning(batch_seconds=60.0, kept_versions=3, decoder_check=24),
         held_out=40,
         max_seconds=20.0,
     )
