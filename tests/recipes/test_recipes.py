@@ -61,7 +61,7 @@ GOLDEN = {
     "librispeech_aed_base": "f9623beb7d",
     "loquacious_aed": "4f5baea8c4",
     "continued": "f6dd38ee57",
-    "speech_llm": "2a2c5c7293",
+    "speech_llm": "a14fea0676",
     "loquacious_speech_llm": "8b31ba721d",
 }
 """Digests of the resolved experiments: a recipe changes on purpose only, and then this line and docs/RESULTS.md change with it."""
