@@ -24,7 +24,7 @@ demo: $(VENV)/.ready
 ifdef AUDIO
 	$(BIN)/duolect transcribe "$(AUDIO)"
 else
-	$(BIN)/duolect compare --out out/demo
+	$(BIN)/duolect compare --out out/demo --overwrite
 endif
 
 test: $(VENV)/.ngram lint

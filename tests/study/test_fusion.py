@@ -59,7 +59,7 @@ def test_every_row_is_the_decoding_of_its_title(
     def never(*a: object, **b: object) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr("duolect.recognize.files.decode_to_files", never)
+    monkeypatch.setattr("duolect.recognize.recognizer.Recognizer.recognize", never)
     monkeypatch.setattr("duolect.study.fusion.rescored", never)
     assert [(r.system, r.score.errors) for r in measured(study, tmp_path / "out", models)] == [(r.system, r.score.errors) for r in table]
 

@@ -42,7 +42,7 @@ def test_a_table_is_trained_recognized_and_continued(zoo, tmp_path, monkeypatch:
 
     before = json.loads((tmp_path / "out" / "table.json").read_text())["table"]["rows"]
     monkeypatch.setattr("duolect.study.tables.run", lambda *x, **y: pytest.fail("trained again"))
-    monkeypatch.setattr("duolect.recognize.files.decode_to_files", lambda *x, **y: pytest.fail("recognized again"))
+    monkeypatch.setattr("duolect.recognize.recognizer.Recognizer.recognize", lambda *x, **y: pytest.fail("recognized again"))
     assert command.study("prompts", (corpus,), corpus, tmp_path / "out", set=(changes,), decodings=names, limit=3, device="cpu") == 0
     after = json.loads((tmp_path / "out" / "table.json").read_text())["table"]["rows"]
     assert [(row["system"], row["wer"]) for row in after] == [(row["system"], row["wer"]) for row in before]

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from duolect.train.task import shares
+from duolect.vocabulary import load_vocabulary
 from tests.conftest import sentence_pieces
+from tests.recognize.conftest import zoo
+
+__all__ = ["zoo"]
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -58,46 +63,49 @@ def test_a_finished_run_comes_back_whole(tmp_path: Path, mode: str) -> None:
     assert any(not torch.equal(longer[name], value) for name, value in first.items())
 
 
-@pytest.mark.slow
-def test_a_language_model_learns_the_same_in_copies_and_in_shards(tmp_path: Path) -> None:
-    """As a user starts it; five validation sentences in batches of 16 leave the second process with none of its own."""
-    (tmp_path / "text.txt").write_text("ab abba\nba ab\nbab ab ab\nab\nabba ba bab\n" * 4)
-    (tmp_path / "check.txt").write_text("ab ba\nbab\nabba ab\n")
-    sentence_pieces(["ab abba ba bab"] * 9, size=12).save(tmp_path / "units")
+def trained(folder: Path, figure: str, *words: str) -> dict[str, float]:
+    """A figure of what `duolect <words>` made, as a user starts it: one process, two with copies, two with shards."""
     found = {}
     for name, processes, options in (("one", 1, []), ("copies", 2, []), ("shards", 2, ["--shard"])):
-        words = [
-            "lm",
-            "train",
-            "--text",
-            "text.txt",
-            "--check",
-            "check.txt",
-            "--units",
-            "units",
-            "--out",
-            name,
-            "--device",
-            "cpu",
-            *options,
-        ]
-        words += [
-            "--set",
-            "training.precision=fp32",
-            "training.epochs=null",
-            "training.steps=6",
-            "model.dim=128",
-            "model.heads=1",
-            "learning.batch_labels=40",
-        ]
         launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
         launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         start = [sys.executable, *launch, sys.executable] if processes > 1 else [sys.executable]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-        command = [*start, "-c", "from duolect.cli import main; main()", *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        command = [*start, "-c", "from duolect.cli import main; main()", *words, "--out", name, "--device", "cpu", *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
         assert done.returncode == 0, done.stderr[-3000:]
-        found[name] = json.loads((tmp_path / name / "result.json").read_text())["check word PPL"]
+        found[name] = json.loads((folder / name / "result.json").read_text())[figure]
+    return found
+
+
+@pytest.mark.slow
+def test_a_language_model_learns_the_same_in_copies_and_in_shards(tmp_path: Path) -> None:
+    """Five validation sentences in batches of 16 leave the second process with none of its own."""
+    (tmp_path / "text.txt").write_text("ab abba\nba ab\nbab ab ab\nab\nabba ba bab\n" * 4)
+    (tmp_path / "check.txt").write_text("ab ba\nbab\nabba ab\n")
+    sentence_pieces(["ab abba ba bab"] * 9, size=12).save(tmp_path / "units")
+    options = ["training.precision=fp32", "training.epochs=null", "training.steps=6", "model.dim=128", "model.heads=1"]
+    data = ["--text", "text.txt", "--check", "check.txt", "--units", "units"]
+    found = trained(tmp_path, "check word PPL", "lm", "train", *data, "--set", *options, "learning.batch_labels=40")
+    assert found["copies"] == pytest.approx(found["one"], rel=1e-4) and found["shards"] == pytest.approx(found["one"], rel=1e-4), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learns", ["all", "lora"])
+def test_a_speech_llm_learns_the_same_in_copies_and_in_shards(zoo: dict[str, Path], tmp_path: Path, learns: str) -> None:
+    """Layers of the language model are big enough to be sharded one by one; the encoder learns, too."""
+    vocabulary = load_vocabulary(zoo["llm"])
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(3)
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary.size, **shape)).save_pretrained(tmp_path / "llm")
+    vocabulary.save(tmp_path / "llm")
+    data = ["--train", str(zoo["corpus"]), "--dev", str(zoo["corpus"])]
+    options = [f"encoder.model={zoo['am']}", f"units.folder={zoo['am']}", f"llm.model={tmp_path / 'llm'}", f"llm.dims.learns={learns}"]
+    options += ["llm.dims.adapter.kind=concat", "llm.dims.encoder=learn", "llm.dims.before=ab", "llm.dims.after=", "llm.dims.begin="]
+    options += ["llm.dims.lora.dropout=0", "training.precision=fp32", "training.seconds=null", "training.steps=6", "held_out=0"]
+    options += ["max_share_lost=0.9", "learning.kept_versions=0", "learning.batch_seconds=20", "learning.decoder_check=0"]
+    options += ["training.learning_rates.encoder=1e-3", "training.learning_rates.top=1e-3", "corpora.0.augment.noise_chance=0"]
+    found = trained(tmp_path, "corpus ce", "train", "speech_llm", *data, "--set", *options)
     assert found["copies"] == pytest.approx(found["one"], rel=1e-4) and found["shards"] == pytest.approx(found["one"], rel=1e-4), found
 
 

@@ -35,8 +35,8 @@ class ModelOptions:
     """Language model in the acoustic model's own labels, for label-wise fusion."""
     aed: str = "whisper-base"
     """Attention encoder-decoder (Whisper)."""
-    speech_llm: str = ""
-    """Speech LLM: the folder of a model that `duolect train speech_llm` made."""
+    speech_llm: str = "duolect-sllm"
+    """Speech LLM: an embedded name, or the folder of a model that `duolect train speech_llm` made."""
     model: str = ""
     """A folder that is acoustic model and decoder in one (AED, speech LLM), in place of --am and --aed or --speech-llm."""
     scales: Path | None = None

@@ -273,8 +273,8 @@ def compare(
     Example: duolect compare --data dev/manifest.jsonl --decodings ctc rescore delayed --limit 50
 
     Named decodings: ctc-greedy ctc rescore rescore-prior delayed delayed-prior word-end shortest unit-rescore labelwise labelwise-prior
-    labelwise-delayed aed-greedy aed aed+ctc-rescore aed+ctc-time aed+ctc-label, and with a speech LLM sllm-greedy sllm-draft sllm
-    sllm-length sllm+ctc-rescore sllm+ctc-time sllm+ctc-label; all that fit the models by default.
+    labelwise-delayed aed-greedy aed aed+ctc-rescore aed+ctc-time aed+ctc-label sllm-greedy sllm sllm+ctc-rescore sllm+ctc-time
+    sllm+ctc-label; all of these that fit the models by default. sllm-draft, sllm-length: only if named.
 
     Args:
         data: Manifest, folder or LibriSpeech tree with transcripts; default: the recordings that come with duolect.
@@ -300,7 +300,7 @@ def compare(
     if not (utterances := [u for u in source.utterances if u.text is not None][:limit]):
         raise ValueError(f"{data}: no utterance has a transcript ('text'), so nothing can be compared; `duolect transcribe` needs none")
     models = of_one_folder(models)
-    named = decodings or [name for name, preset in PRESETS.items() if preset.needs is None or getattr(models, preset.needs)]
+    named = decodings or [name for name, preset in PRESETS.items() if not preset.named_only]
     recognizer = recognizer_for(models, {name: name for name in named}, warn=[u.fields for u in utterances])
     misfits = {} if decodings else recognizer.misfits()
     recognizer = replace(recognizer, decodings={name: d for name, d in recognizer.decodings.items() if name not in misfits})

@@ -150,6 +150,7 @@ MODELS: Mapping[str, Embedded] = {
 SHIPPED_MODELS = {
     "duolect-ctc": ("ctc-whisper-base-en", "English CTC, Whisper base's encoder, 256 pieces at 25 Hz", "Apache-2.0"),
     "duolect-lm": ("lm", "SmolLM2-135M fitted to transcripts, low-rank (needs smollm2-135m)", "Apache-2.0"),
+    "duolect-sllm": ("speech-llm", "speech LLM: duolect-lm hears duolect-ctc, low-rank (needs smollm2-135m)", "Apache-2.0"),
     "duolect-unit-lm": ("unit-lm", "small causal Transformer in the units of duolect-ctc", "Apache-2.0"),
 }
 

@@ -46,7 +46,7 @@ class Ingredients:
     lm: tuple[str, ...] = ("duolect-lm",)
     unit_lm: str = "duolect-unit-lm"
     aed: str = "whisper-base"
-    speech_llm: str = ""
+    speech_llm: str = "duolect-sllm"
     prompt: str = ""
     prior: str = "softmax"
     beam: int = 8
@@ -118,12 +118,12 @@ def _timed(x: Ingredients, part: str, when: Schedule, beam: int) -> Decoding:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named decoding: its row in a table, the combination whose scales it uses (None: it has none), an ingredient that has no default."""
+    """A named decoding: its row in a table, the combination whose scales it uses (None: it has none), whether only who names it gets it."""
 
     title: str
     make: Callable[[Ingredients], Decoding]
     scales: str | None = None
-    needs: str | None = None
+    named_only: bool = False
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -146,15 +146,13 @@ PRESETS: Mapping[str, Preset] = {
     "aed+ctc-rescore": Preset("CTC + AED, n-best rescoring", lambda x: _timed(x, "aed", AtEnd(), x.nbest), "aed"),
     "aed+ctc-time": Preset("AED + CTC, time-synchronous", lambda x: _timed(x, "aed", Every(x.interval), x.beam), "aed"),
     "aed+ctc-label": Preset("AED + CTC, label-synchronous", lambda x: _joint(x, "aed"), "aed"),
-    "sllm-greedy": Preset("Speech LLM greedy", lambda x: _alone(x, "sllm", 1), needs="speech_llm"),
-    "sllm-draft": Preset("Speech LLM greedy, CTC as draft", lambda x: Speculative(_hears(x, "sllm", scaled=False)), needs="speech_llm"),
-    "sllm": Preset("Speech LLM beam", lambda x: _alone(x, "sllm"), needs="speech_llm"),
-    "sllm-length": Preset("Speech LLM beam, length norm", lambda x: _alone(x, "sllm", exponent=1.0), needs="speech_llm"),
-    "sllm+ctc-rescore": Preset("CTC + speech LLM, n-best rescoring", lambda x: _timed(x, "sllm", AtEnd(), x.nbest), "sllm", "speech_llm"),
-    "sllm+ctc-time": Preset(
-        "Speech LLM + CTC, time-synchronous", lambda x: _timed(x, "sllm", Every(x.interval), x.beam), "sllm", "speech_llm"
-    ),
-    "sllm+ctc-label": Preset("Speech LLM + CTC, label-synchronous", lambda x: _joint(x, "sllm"), "sllm", "speech_llm"),
+    "sllm-greedy": Preset("Speech LLM greedy", lambda x: _alone(x, "sllm", 1)),
+    "sllm-draft": Preset("Speech LLM greedy, CTC as draft", lambda x: Speculative(_hears(x, "sllm", scaled=False)), named_only=True),
+    "sllm": Preset("Speech LLM beam", lambda x: _alone(x, "sllm")),
+    "sllm-length": Preset("Speech LLM beam, length norm", lambda x: _alone(x, "sllm", exponent=1.0), named_only=True),
+    "sllm+ctc-rescore": Preset("CTC + speech LLM, n-best rescoring", lambda x: _timed(x, "sllm", AtEnd(), x.nbest), "sllm"),
+    "sllm+ctc-time": Preset("Speech LLM + CTC, time-synchronous", lambda x: _timed(x, "sllm", Every(x.interval), x.beam), "sllm"),
+    "sllm+ctc-label": Preset("Speech LLM + CTC, label-synchronous", lambda x: _joint(x, "sllm"), "sllm"),
 }
 
 FUSIONS: Mapping[str, Preset] = {
@@ -169,9 +167,6 @@ def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[
     """The decoding of a preset's name or of a JSON file (a type-tagged config), with the ingredients' context where it is of use, and
     overrides by dotted field. Raises ConfigError."""
     if preset := PRESETS.get(name_or_file) or FUSIONS.get(name_or_file):
-        needs = preset.needs
-        if needs is not None and not getattr(ingredients, needs):
-            raise ConfigError(f"decoding {name_or_file} needs a {needs.replace('_', ' ')}: name one with --{needs.replace('_', '-')}")
         decoding = preset.make(ingredients)
     elif name_or_file.endswith(".json") or Path(name_or_file).is_file():
         try:
