@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +15,7 @@ import soundfile
 
 from duolect.recognize.presets import PRESETS
 from duolect.recognize.recognizer import Recognizer
+from duolect.run import source
 from duolect.scorer import read_hypotheses
 from duolect.search.rescore import rescored
 from duolect.vocabulary import load_vocabulary
@@ -316,6 +319,19 @@ def test_the_help_of_a_command_has_an_example_of_options_it_knows(duolect, comma
     example = re.search(rf"Example: duolect {command} (.*)", plain)
     assert code == 0 and example
     assert all(f"{option} " in plain.replace(example[0], "") for option in re.findall(r"--[\w-]+", example[1]))
+
+
+@pytest.mark.parametrize("words", [[], ["lm"]])
+def test_a_bare_command_prints_its_help(duolect, words):
+    code, out, err = duolect(*words)
+    assert code == 0 and "train" in out and not err
+
+
+def test_the_version_and_no_bars_of_transformers():
+    code = "from transformers.utils import logging as x; print(x.is_progress_bar_enabled(), x.get_verbosity() == x.ERROR)"
+    command = f"import sys; from duolect.cli import main\nsys.argv[1:] = ['--version']\ntry: main()\nexcept SystemExit: {code}"
+    said = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout.splitlines()
+    assert said == [f"duolect {source()}", "False True"]
 
 
 def test_doctor_and_models_list(duolect):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from duolect.cli.checks import writable
-from duolect.cli.options import ModelOptions, device_of, quiet, recognizer_for, source_of
+from duolect.cli.options import ModelOptions, device_of, recognizer_for, source_of
 
 if TYPE_CHECKING:
     from duolect.data.utterance import Utterance
@@ -126,7 +126,6 @@ def _recognizer(made: Mapping[str, Any], decoding: str, models: ModelOptions, pa
         raise ValueError(f"--scales {models.scales}: expected a scales file of `duolect tune`; folders of them go with --decoding")
     if "decoding" not in made:
         raise ValueError(f"{path}.json, which says what made {path.name}, is not there: name it with --decoding (and --am, --lm, ...)")
-    quiet()
     known = from_json(made["decoding"], where=f"{path}.json")
     return Recognizer(Models(device=device_of(models.device), precision=made["precision"]), made["acoustic"], {"it": known})
 

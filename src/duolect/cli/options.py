@@ -73,7 +73,6 @@ def recognizer_for(
     warn: Sequence[Mapping[str, Any]] = (),
 ) -> Recognizer:
     """A recognizer of named decodings; its scales are said. warn: lines of the corpus, in case the scales were tuned on them."""
-    quiet()
     from duolect.recognize.decoding import Attention
     from duolect.recognize.models import Models
     from duolect.recognize.presets import decoding_of
