@@ -516,6 +516,9 @@ def test_explain_knows_what_made_the_file(duolect, zoo, with_models, tmp_path, m
     assert code == 0 and "B (the reference): ab abba" in shown and "in the list" in shown
     code, shown, _ = duolect("explain", "b.jsonl", "u0", *where, "--against", lines["u0"].nbest[2].text)
     assert code == 0 and "B (rank 3): " in shown
+    assert duolect("rescore", "--hypotheses", "a.jsonl", "--out", "n.jsonl", "--lm", zoo["llm"], "--device", "cpu")[0] == 0
+    code, shown, _ = duolect("explain", "n.jsonl", "u0", *where)
+    assert code == 0 and "score = 1 ctc +0.4 unit;" in shown and "llm: scale 0 or none in this ranking (rescored without" in shown
     shutil.copy("b.jsonl", "c.jsonl")
     named = ["--decoding", "labelwise", *with_models[:2], *with_models[4:]]
     code, shown, _ = duolect("explain", "c.jsonl", "u0", *where, *named)
@@ -532,10 +535,13 @@ def test_explain_knows_what_made_the_file(duolect, zoo, with_models, tmp_path, m
         (["b.jsonl", "u0", "--scales", "nowhere.json"], "--scales nowhere.json: expected a scales file"),
         (["b.jsonl", "u0", "--name", "unit", *where], "--name unit: expected a part that the decoding does not know: llm"),
         (["nowhere.jsonl", "u0"], "nowhere.jsonl"),
+        (["b.jsonl", "u0", "--decoding", "ctc-gredy", *where], "there is no decoding 'ctc-gredy', is ctc-greedy meant?"),
     ]
     for words, expected in mistakes:
         code, _, err = duolect("explain", *words)
         assert code == 2 and expected in err and "Traceback" not in err, words
+        assert "loading" not in err or "best hypothesis itself" in expected or "--name" in words, "said before models are loaded"
+    assert "for `duolect explain` also one of them" in " ".join(duolect("explain", "--help")[1].replace("│", "").split())
 
 
 def test_tune_says_what_parts_of_a_corpus_gain_and_what_is_wrong(duolect, tmp_path):

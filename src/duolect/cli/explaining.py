@@ -208,7 +208,7 @@ def _shown(found: Explanation, line: Recognized, rank: int, against: str, *, eve
             add("" if row.same else "*", row.a, '"' if row.same else row.b, row)
     add("", "sum", "sum", summed(found.rows))
     what = f"rank {rank}" if rank else "the reference" if against == "reference" else "the text given"
-    score = " ".join(f"{found.scales[n]:+g} {n}" for n in names).removeprefix("+")
+    score = " ".join(f"{found.scales[n]:+g} {n}" for n in names if found.scales[n]).removeprefix("+")
     head = [
         f"{line.id}: score = {score}; natural log; diff: scaled, A minus B",
         f"A (rank 1): {found.a.text.strip()}",
