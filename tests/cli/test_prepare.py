@@ -49,6 +49,7 @@ def test_failures_give_exit_code_one(duolect: Any, tmp_path: Path) -> None:
     (source / "3.flac").write_text("no audio")
     code, _, err = duolect("prepare", source, "--out", tmp_path / "out", "--workers", 1)
     assert code == 2 and "1 of 9 utterances cannot be used (corrupt: 1), such as u3 (" in err and "more than 5% is not accepted" in err
+    assert "accept a larger share with --max-failed" in err
     code, _, err = duolect("prepare", source, "--out", tmp_path / "out", "--workers", 1, "--max-failed", 0.2)
     assert code == 1 and f"  1 left out: corrupt; see {tmp_path}/out/skipped.jsonl" in err
     assert len((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()) == 8

@@ -51,7 +51,7 @@ def finetune(
 def train(
     text: tuple[str, ...],
     check: tuple[str, ...] = (),
-    out: Path = Path("runs/lm"),
+    out: Path = Path("runs/unit-lm"),
     units: str = "duolect-ctc",
     case: Literal["lower", "upper", "keep"] = "lower",
     options: Annotated[RunOptions, arg(name="")] = RunOptions(),

@@ -278,7 +278,7 @@ def _held_out(items: Sequence[Labelled], count: int) -> tuple[list[Labelled], li
 def _check_set(name: str, source: str, ctc: CtcModel, experiment: AsrExperiment, out: Path, world: World) -> Sequence[Labelled]:
     """What of a validation set can be scored; nothing is left out for its length but what the encoder cannot hear at once."""
     longest, listed = min(ctc.encoder.max_seconds, 40.0), f"skipped-{name.replace(os.sep, '-')}.jsonl"
-    limits: dict[str, Any] = {"max_seconds": longest, "max_share_lost": 0.5, "case": experiment.units.case}
+    limits: dict[str, Any] = {"max_seconds": longest, "max_share_lost": max(0.5, experiment.max_share_lost), "case": experiment.units.case}
     if world.first:
         limits["skipped"] = out / listed
     found = usable(open_source(source).utterances, ctc.vocabulary, seconds_per_frame=ctc.seconds_per_frame, **limits)
