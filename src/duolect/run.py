@@ -10,11 +10,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from duolect import __version__
 from duolect.config import ConfigError, diff, digest, from_json, to_json
@@ -92,6 +94,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
     os.umask(mask)
     temporary.chmod(0o666 & ~mask)
     temporary.replace(path)
+
+
+def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
+    """A bar (of tqdm's options) on standard error: on a terminal at once, in a log a line every half minute of what takes longer."""
+    terminal = sys.stderr.isatty()
+    when = {"mininterval": 0.5, "smoothing": 0.05} if terminal else {"mininterval": 30.0, "delay": 15.0, "smoothing": 0.05}
+    return tqdm(items, **{**when, **options})
 
 
 def environment(*, device: str, seed: int) -> dict[str, Any]:

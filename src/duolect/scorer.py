@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -104,9 +105,15 @@ class Recognized:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Recognized:
+        """The line of such JSON values, and of other systems' lines. Raises KeyError or TypeError, with what was expected."""
         own = ("pred_text", "time", "nbest", "error")
+        for name in ("pred_text", "error"):
+            if not isinstance(line.get(name), str | None):
+                raise TypeError(f"{name} is {line[name]!r}, expected a text")
         nbest = [Hypothesis(tuple(h.get("labels", ())), h["text"], dict(h.get("parts", {}))) for h in line.get("nbest", ())]
-        if not nbest and "pred_text" in line and line.get("error") is None:
+        if any(not isinstance(h.text, str) for h in nbest):
+            raise TypeError("a text of nbest is none")
+        if not nbest and line.get("pred_text") is not None and line.get("error") is None:
             nbest = [Hypothesis((), line["pred_text"], {})]
         return cls({k: v for k, v in line.items() if k not in own}, nbest, float(line.get("time", 0.0)), line.get("error"))
 
@@ -115,20 +122,20 @@ class HypothesesError(ValueError):
     """A hypotheses file cannot be read; the message names file and line."""
 
 
-def read_hypotheses(path: str | Path) -> Iterator[Recognized]:
-    """The lines of a hypotheses JSONL file in file order; a torn last line (a killed run) is left out."""
-    with open(path, encoding="utf-8") as lines:
+def read_hypotheses(path: str | Path, *, torn: Callable[[str], None] = lambda where: None) -> Iterator[Recognized]:
+    """The lines of a hypotheses JSONL file in file order; a torn last line (a killed run) is left out, and `torn` told where."""
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line)
+                fields = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
                 if "id" not in fields:
                     fields["id"] = fields.get("audio_filepath", f"line_{number}")
                 yield Recognized.from_json(fields)
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                if not line.endswith("\n"):
-                    return
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if not line.endswith(b"\n"):
+                    return torn(f"{path}:{number}")
                 raise HypothesesError(
                     f"{path}:{number}: not a hypotheses line ({type(error).__name__}: {error}); expected JSON with id, text, nbest"
                 ) from error

@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +46,9 @@ def test_transcribe_prints_and_writes(duolect, zoo, with_models, tmp_path):
     code, many, _ = duolect("transcribe", zoo["corpus"], *with_models, "--out", tmp_path / "t", "--format", "srt")
     assert code == 0 and not many
     assert sorted(p.name for p in (tmp_path / "t").glob("[!.]*")) == [f"u{i}.srt" for i in range(7)]
+    (tmp_path / "u0.txt").write_text("a reference")
+    code, _, err = duolect("transcribe", zoo["corpus"], *with_models, "--out", tmp_path)
+    assert code == 2 and "u0.txt is there and not by duolect" in err and (tmp_path / "u0.txt").read_text() == "a reference"
     code, text, _ = duolect("transcribe", zoo["corpus"] / "u1.wav", zoo["corpus"] / "u0.wav", *with_models)
     assert code == 0 and text.splitlines()[1].split("\t") == ["u0", out.strip()]
 
@@ -150,21 +155,32 @@ def test_rescore_continues_where_it_was_killed(duolect, zoo, with_models, tmp_pa
         code, _, err = duolect(*command, "--out", killed)
         assert code == 130 and "the same command continues" in err
         part = tmp_path / "killed.jsonl.part"
-        assert not killed.exists() and part.read_text().splitlines() == straight.read_text().splitlines()[:4]
+        assert not killed.exists() and timeless(part) == timeless(straight)[:4]
         part.write_text(part.read_text()[:-20])  # the fourth line is torn, so the second batch is not whole
         for other in (["--scale", "0.6"], ["--prompt", "ab"], ["--name", "other"], ["--lm", zoo["unit"]], ["--precision", "bfloat16"]):
             code, _, err = duolect(*command, "--out", killed, *other)
-            assert code == 2 and "unfinished runs of another" in err and len(err.splitlines()) == 1 + ("ranking" in err)
+            assert code == 2 and "an unfinished run of other settings: " in err and len(err.splitlines()) == 1 + ("ranking" in err)
         text = a.read_text()
         a.write_text(text.replace('"labels": [', '"labels": [0, ', 1))
         code, _, err = duolect(*command, "--out", killed)
-        assert code == 2 and "unfinished runs of another" in err, "other hypotheses by the same name"
+        assert code == 2 and "rescored.llm.of" in err, "other hypotheses by the same name"
         a.write_text(text)
         code, _, err = duolect(*command, "--out", killed)
         assert code == 0 and "2 of 7 utterances are done" in err and batches[3:] == [2, 2, 1]
-    for name in ("jsonl", "jsonl.json"):
-        assert (tmp_path / f"killed.{name}").read_text() == (tmp_path / f"straight.{name}").read_text()
+    assert timeless(killed) == timeless(straight) and Path(f"{killed}.json").read_text() == Path(f"{straight}.json").read_text()
     assert not list(tmp_path.glob("*.part*"))
+    assert all(new.seconds > old.seconds for new, old in zip(read_hypotheses(straight), read_hypotheses(a), strict=True)), "the LM's too"
+    before = straight.read_bytes()
+    code, _, err = duolect(*command, "--out", straight)
+    assert code == 0 and "finished already" in err and straight.read_bytes() == before
+    assert duolect(*command[:-1], "0.6", "--out", straight)[0] == 2 and straight.read_bytes() == before
+    assert duolect(*command[:-1], "0.6", "--out", straight, "--overwrite")[0] == 0 and straight.read_bytes() != before
+    code, _, err = duolect(*command, "--out", a)
+    assert code == 2 and "is what is to be read" in err and a.read_text() == text
+
+
+def timeless(hypotheses):
+    return [replace(line, seconds=0.0) for line in read_hypotheses(hypotheses)]
 
 
 def test_the_alignment_shown_is_the_one_that_was_counted(duolect, tmp_path):
@@ -572,8 +588,9 @@ def test_tune_says_what_parts_of_a_corpus_gain_and_what_is_wrong(duolect, tmp_pa
         code, _, err = duolect(*good, *options)
         assert code == 2 and expected in err
     for lines, expected in [
-        ([], "is empty"),
-        ([{"id": "a", "text": "a", "nbest": []}], "no hypothesis has parts"),
+        ([], "has no line: expected"),
+        ([{"id": "a", "text": "a", "nbest": []}], "no line has pred_text or nbest"),
+        ([{"id": "a", "text": "a", "pred_text": "a"}], "no hypothesis has parts"),
         ([line(0), {**line(1), "text": None}], "utterance u1 has no reference"),
         ([line(0), {**line(1), "nbest": [{"text": "a", "parts": {"ctc": -1.0}}]}], "utterance u1, hypothesis 1: no part 'llm'"),
         ([line(0), {**line(1), "nbest": [{"text": "a", "parts": {"ctc": -1.0, "llm": float("nan")}}]}], "part 'llm' is nan"),
@@ -599,4 +616,35 @@ def test_a_corpus_is_not_written_over(duolect, zoo, with_models, tmp_path):
     manifest = next((tmp_path / "corpus").glob("*.jsonl"))
     before = manifest.read_bytes()
     code, _, errors = duolect("decode", "--data", manifest, "--out", manifest, *with_models, "--decoding", "ctc-greedy")
-    assert code != 0 and "is the corpus that is to be read" in errors and manifest.read_bytes() == before
+    assert code != 0 and "is what is to be read" in errors and manifest.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [["score"], ["tune", "--hypotheses"], ["rescore", "--out", "{tmp}/o.jsonl", "--hypotheses"]])
+def test_files_that_are_no_hypotheses_are_refused(duolect, tmp_path, command):
+    good = '{"id": "a", "text": "a b", "pred_text": "a b", "nbest": [{"text": "a b", "parts": {"ctc": -1.0}}]}\n'
+    for content, expected in [
+        (b"", "has no line"),
+        (b"\x00\xff\xfe binary\n", "h.jsonl:1: not a hypotheses line (UnicodeDecodeError"),
+        (good.encode() * 2, "1 ids stand in several lines, such as a"),
+        (b'{"id": "a", "text": "a", "pred_text": 5}\n', "h.jsonl:1: not a hypotheses line (TypeError: pred_text is 5"),
+        (b'{"id": "a", "text": "a", "nbest": [{"text": null}]}\n', "a text of nbest is none"),
+        (b'{"id": "a", "text": "a", "audio_filepath": "a.wav"}\n', "no line has pred_text or nbest"),
+    ]:
+        (tmp_path / "h.jsonl").write_bytes(content)
+        code, _, err = duolect(*(word.format(tmp=tmp_path) for word in command), tmp_path / "h.jsonl")
+        assert code == 2 and expected in err and "Traceback" not in err, err
+    assert [p.name for p in tmp_path.iterdir()] == ["h.jsonl"]
+
+
+def test_score_says_what_is_torn_few_or_of_others(duolect, tmp_path):
+    line = '{"id": "%s", "text": "a b", "pred_text": "a c"}\n'
+    (tmp_path / "h.jsonl").write_bytes(b"\xef\xbb\xbf" + (line % "a" + line % "b" + line % "c").encode()[:-20])
+    code, out, err = duolect("score", tmp_path / "h.jsonl")
+    assert code == 0 and "h.jsonl:3: the last line is torn" in err and "|utts:2|" in out and "fewer than 20 utterances" in out
+    (tmp_path / "many.jsonl").write_text("".join(line % i for i in range(20)))
+    code, out, err = duolect("score", tmp_path / "many.jsonl")
+    assert code == 0 and "fewer than 20" not in out and not err
+    code, _, err = duolect("score", tmp_path / "many.jsonl", tmp_path / "h.jsonl")
+    assert code == 2 and "many and h were not scored on the same utterances: 20 only in many (0, 1, 2, ...), 2 only in h (a, b)" in err
+    before = (tmp_path / "h.jsonl").read_bytes()
+    assert duolect("score", tmp_path / "h.jsonl", "--json", tmp_path / "h.jsonl")[0] == 2 and (tmp_path / "h.jsonl").read_bytes() == before

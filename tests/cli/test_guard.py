@@ -188,7 +188,7 @@ def test_the_shipped_model_believes_the_demo_and_finds_what_is_invented(duolect,
     invented = " and this sentence was never said in any of the recordings"
     for name, extra in (("right", ""), ("tail", invented), ("loop", " over and over" * 30)):
         write(tmp_path / f"{name}.jsonl", [{**line, "pred_text": line["text"] + extra} for line in lines])
-        options = ["--hypotheses", tmp_path / f"{name}.jsonl", "--data", demo.parent, "--out", tmp_path / "out.jsonl"]
+        options = ["--hypotheses", tmp_path / f"{name}.jsonl", "--data", demo.parent, "--out", tmp_path / "out.jsonl", "--overwrite"]
         assert duolect("guard", *options, "--policy", "truncate", "--device", "cpu")[0] == 0
         found = read(tmp_path / "out.jsonl")
         suspect = sum(bool(line["guard"]["causes"]) for line in found.values())

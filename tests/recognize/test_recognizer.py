@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -182,13 +183,55 @@ def test_a_killed_run_continues_and_loses_or_doubles_nothing(zoo, models, tmp_pa
     assert not out.exists() and len(part.read_text().splitlines()) == 3
     with open(part, "a") as torn:
         torn.write('{"id": "u6", "pred_te')
-    with pytest.raises(ResumeError, match="another decoding"):
+    with pytest.raises(ResumeError, match=r"decoding.beam: 4 -> 5: name another --out"):
         decode_to_files(Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(5)}), utterances, {"it": out}, progress=False)
     again = decode_to_files(recognizer, utterances, {"it": out}, progress=False)["it"]
     assert [r.id for r in again] == [u.id for u in utterances]
     assert [r.text for r in again] == [r.text for r in whole]
     assert not part.exists()
     assert [r.text for r in read_hypotheses(out)] == [r.text for r in whole]
+
+
+def test_what_is_finished_is_neither_made_again_nor_lost(zoo, models, tmp_path, monkeypatch):
+    utterances = open_source(zoo["corpus"]).utterances
+    out, said = tmp_path / "out.jsonl", []
+    monkeypatch.setattr(models, "say", said.append)
+
+    def made(beam=4, some=utterances, **options):
+        return decode_to_files(
+            Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(beam)}), some, {"it": out}, progress=False, **options
+        )["it"]
+
+    first = made(some=utterances[:3])
+    whole = made()
+    assert f"continuing {out}: 3 of 7 utterances are done" in said and [r.seconds for r in whole[:3]] == [r.seconds for r in first]
+    before = out.read_bytes()
+    assert made() == whole and f"{out}: finished already: nothing to recognize" in said
+    for options, expected in [({"beam": 5}, "results of other settings: decoding.beam: 4 -> 5"), ({"some": utterances[:3]}, "has 4 utt")]:
+        with pytest.raises(ResumeError, match=expected):
+            made(**options)
+    with monkeypatch.context() as patched:
+        patched.setattr("duolect.recognize.files.source", lambda: "0.0.9")
+        assert made() == whole and "0.0.9" in said[-1], "another version is said"
+    assert out.read_bytes() == before
+    os.utime(zoo["am"] / "model.safetensors")
+    with pytest.raises(ResumeError, match="models"):
+        made()
+    assert [r.seconds for r in made(overwrite=True)] != [r.seconds for r in whole], "other weights, other results"
+    assert made(beam=5, overwrite=True) != whole
+    made(some=utterances[:3], overwrite=True, beam=5)
+    assert len(list(read_hypotheses(out))) == 3
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        dying_after(2, patched)
+        made(overwrite=True)
+    assert len(list(read_hypotheses(out))) == 3, "the old file stays until the new one is whole"
+    made()
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["out.jsonl", "out.jsonl.json"]
+    out.write_bytes(b"RIFF is no hypotheses file")
+    Path(f"{out}.json").unlink()
+    with pytest.raises(ResumeError, match="nobody says what made it"):
+        made()
+    assert out.read_bytes().startswith(b"RIFF")
 
 
 class Killed(BaseException):

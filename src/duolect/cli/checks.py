@@ -18,10 +18,12 @@ def at_least(least: int, **options: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
 
 
-def writable(option: str, path: Path | None, *, folder: bool = False) -> None:
-    """Raises ValueError unless a file (or files in a folder) can be written at the path; makes nothing."""
+def writable(option: str, path: Path | None, *, folder: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Raises ValueError unless a file (or files in a folder) can be written at the path, which is none of the inputs; makes nothing."""
     if path is None:
         return
+    if path.exists() and any(x.exists() and x.samefile(path) for x in inputs):
+        raise ValueError(f"{option} {path}: is what is to be read: name another file")
     if path.exists() and path.is_dir() != folder:
         expected = "a folder: name a folder" if folder else "a file: name a file in it"
         raise ValueError(f"{option} {path}: is a {'file' if folder else 'folder'}, expected {expected}, existing or new")

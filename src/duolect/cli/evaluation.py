@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from duolect.cli.checks import at_least, writable
+from duolect.cli.options import recognized_in
 
 if TYPE_CHECKING:
     from duolect.evaluate.tune import Tuned
     from duolect.scorer import Recognized
-
-
-FEW = 20
-"""Utterances below which the figures of a part of a corpus are marked."""
 
 
 def score(
@@ -46,18 +43,15 @@ def score(
     from duolect.evaluate.table import json_table, plain_table, rows
     from duolect.evaluate.wer import alignment_lines, score_recognized
     from duolect.run import write_json
-    from duolect.scorer import read_hypotheses
 
     if not hypotheses:
         raise ValueError("name at least one hypotheses file")
     at_least(0, errors=errors)
-    writable("--json", json)
+    writable("--json", json, inputs=hypotheses)
     merge_compounds = compounds == "merged"
     scores = {}
     for path in hypotheses:
-        lines = list(read_hypotheses(path))
-        if lines and not any(r.nbest or r.error for r in lines):
-            raise ValueError(f"{path}: no line has pred_text or nbest: a manifest, not the output of `duolect decode`?")
+        lines = recognized_in(path)
         name = path.stem if len({p.stem for p in hypotheses}) == len(hypotheses) else str(path)
         rules = {"normalizer": normalizer_of(normalizer), "unit": unit, "merge_compounds": merge_compounds}
         scores[name] = score_recognized(lines, corpus=path.stem, **rules)
@@ -107,35 +101,32 @@ def tune(
         seed: Of folds and draws.
         plot: WER over the scales as a PNG.
     """
-    from tqdm import tqdm
-
     from duolect.evaluate.nbest import nbest_lists
     from duolect.evaluate.normalize import normalizer as normalizer_of
     from duolect.evaluate.plots import figure_class, wer_surface
     from duolect.evaluate.surface import Range
     from duolect.evaluate.tune import tune as tuned_scales
     from duolect.evaluate.tune import write_scales
-    from duolect.scorer import read_hypotheses
+    from duolect.run import progress_bar
 
     at_least(2, folds=folds)
     at_least(1, draws=draws)
     at_least(0, seed=seed)
     if not 0 < largest < inf:
         raise ValueError(f"--largest {largest:g}: expected a number above 0")
-    writable("--out", out)
-    writable("--plot", plot)
+    writable("--out", out, inputs=[hypotheses])
+    writable("--plot", plot, inputs=[hypotheses])
     if plot is not None:
         figure_class()
-    shown = sys.stderr.isatty()
-    lines = list(tqdm(read_hypotheses(hypotheses), desc="lines read", unit="", disable=not shown))
+    lines = recognized_in(hypotheses)
     names = _parts(lines, parts, reference, hypotheses)
     groups = _groups(lines, by, hypotheses) if by else None
-    counted = tqdm(lines, desc="errors counted", unit="", disable=not shown)
+    counted = progress_bar(lines, desc="errors counted", unit="", leave=False)
     lists = nbest_lists(counted, normalizer=normalizer_of(normalizer), parts=(reference, *names), corpus=hypotheses.stem)
     # A prior corrects a language model, so its scale is tuned as a share of that one's (paper.md 2.8).
     base = next((name for name in names if name not in negative), None)
     free = {name: Range(-largest, 0.0, of=base) if name in negative else Range(0.0, largest) for name in names}
-    options = {"search": search, "groups": groups, "folds": folds, "draws": draws, "seed": seed, "progress": shown}
+    options = {"search": search, "groups": groups, "folds": folds, "draws": draws, "seed": seed, "progress": True}
     tuned = tuned_scales(lists, reference=reference, free=free, **options)
     _say_tuned(tuned, reference, by)
     if out is not None:
@@ -147,8 +138,6 @@ def tune(
 
 def _parts(lines: Sequence[Recognized], parts: tuple[str, ...], reference: str, hypotheses: Path) -> tuple[str, ...]:
     """The parts whose scales are tuned. Raises ValueError where the hypotheses lack them."""
-    if not lines:
-        raise ValueError(f"{hypotheses} is empty: there is nothing to tune on")
     if not (there := {name for line in lines for h in line.nbest for name in h.parts}):
         raise ValueError(f"{hypotheses}: no hypothesis has parts, as `duolect decode` and `rescore` write them: is it another system's?")
     if reference in parts:
@@ -170,7 +159,7 @@ def _groups(lines: Sequence[Recognized], by: str, path: Path) -> list[str]:
 
 
 def _say_tuned(tuned: Tuned, reference: str, by: str) -> None:
-    from duolect.evaluate.table import aligned
+    from duolect.evaluate.table import FEW, aligned
 
     bounds = tuned.as_good
     rows = [("part", "scale", "95% interval", "not significantly worse")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from duolect.cli.checks import writable
-from duolect.cli.options import ModelOptions, device_of, recognizer_for, source_of
+from duolect.cli.options import ModelOptions, device_of, recognized_in, recognizer_for, source_of
 
 if TYPE_CHECKING:
     from duolect.data.utterance import Utterance
@@ -57,11 +57,10 @@ def explain(
     from duolect.recognize.explain import explained, scorers_of, written
     from duolect.recognize.files import read_settings
     from duolect.run import write_json
-    from duolect.scorer import read_hypotheses
 
-    writable("--json", json)
+    writable("--json", json, inputs=[hypotheses])
     ranking = models.scales if models.scales is not None and models.scales.is_file() else None
-    line = _line(list(read_hypotheses(hypotheses)), id, hypotheses)
+    line = _line(recognized_in(hypotheses), id, hypotheses)
     made = {} if decoding else read_settings(hypotheses)
     chosen: Mapping[str, float] = read_scales(ranking).scales if ranking else made.get("scales", {})
     if missing := chosen.keys() - line.nbest[0].parts.keys():

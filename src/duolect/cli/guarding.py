@@ -30,6 +30,7 @@ def guard(
     policy: Literal["off", "warn", "truncate", "rejoint", "ctc"] = "warn",
     decoding: str = "ctc",
     data: Path | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Finds what a system invented, repeated or left out, by a CTC model's evidence for every word, and mends it.
 
@@ -46,10 +47,13 @@ def guard(
             more is wrong; rejoint: recognize anew what is suspect; off: copy.
         decoding: What rejoint recognizes with: a named decoding (see `duolect compare --help`) or a JSON file.
         data: The manifest or folder that was recognized, where its audio paths start there.
+        overwrite: Replace an output that is there.
     """
     from duolect.scorer import write_hypotheses
 
-    writable("--out", out)
+    writable("--out", out, inputs=[hypotheses, *([data] if data else [])])
+    if out.exists() and not overwrite:
+        raise ValueError(f"--out {out}: is there already: name another file, or replace it with --overwrite")
     failures: list[str] = []
     source, places = source_of(hypotheses, failures), None if data is None else source_of(data, failures)
     if source is None or (data is not None and places is None):
@@ -63,7 +67,7 @@ def guard(
     model = recognizer.models.acoustic(recognizer.acoustic) if heard else None
     verdicts = dict(_judged(heard, lines, model, models.batch_seconds, failures) if model else ())
     suspects = {id: verdict for id, (verdict, _) in verdicts.items() if verdict.causes}
-    again = recognizer.recognize([at[id] for id in suspects], progress=sys.stderr.isatty()) if policy == "rejoint" and suspects else ()
+    again = recognizer.recognize([at[id] for id in suspects]) if policy == "rejoint" and suspects else ()
     anew = {found["it"].id: found["it"] for found in again}
     failures += [f"{r.id}: {r.error}" for r in anew.values() if r.error is not None]
     done = [_guarded(line, policy, *verdicts[id], anew.get(id)) if id in verdicts else line for id, line in lines.items()]
@@ -124,17 +128,17 @@ def _judged(
 ) -> Iterator[tuple[str, tuple[Verdict, Hypothesis]]]:
     """By id the verdict and the CTC model's own transcript, in an order that suits batching; of others why there is none, in failures."""
     import torch
-    from tqdm import tqdm
 
     from duolect.audio.io import AudioError
     from duolect.data.batching import batches_by_seconds
     from duolect.data.utterance import load_audio
+    from duolect.run import progress_bar
     from duolect.search.ctc import ctc_greedy
     from duolect.search.fusion import SearchError
     from duolect.search.guard import judge
 
     said: dict[str, Any] = {"vocabulary": model.vocabulary, "seconds_per_frame": model.seconds_per_frame}
-    with tqdm(total=len(utterances), unit="line", disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(total=len(utterances), unit="line") as bar:
         for batch in batches_by_seconds([u.seconds or 10.0 for u in utterances], batch_seconds=batch_seconds):
             audios: dict[str, Any] = {}
             for u in (utterances[i] for i in batch):

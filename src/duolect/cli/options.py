@@ -190,6 +190,26 @@ def source_of(path: Path, failures: list[str]) -> Source | None:
     return source
 
 
+def recognized_in(path: Path) -> list[Recognized]:
+    """The lines of a hypotheses file. Raises ValueError for one that is empty, has an id twice or no hypothesis; says where one is torn."""
+    from collections import Counter
+
+    from duolect.run import progress_bar
+    from duolect.scorer import read_hypotheses
+
+    def torn(where: str) -> None:
+        print(f"warning: {where}: the last line is torn, and left out: was its writing killed?", file=sys.stderr)
+
+    lines = list(progress_bar(read_hypotheses(path, torn=torn), desc="lines read", unit="", leave=False))
+    if not lines:
+        raise ValueError(f"{path}: has no line: expected the output of `duolect decode`, or JSON lines with text and pred_text")
+    if not any(r.nbest or r.error for r in lines):
+        raise ValueError(f"{path}: no line has pred_text or nbest: a manifest, not the output of `duolect decode`?")
+    if twice := [id for id, count in Counter(r.id for r in lines).items() if count > 1]:
+        raise ValueError(f"{path}: {len(twice)} ids stand in several lines, such as {twice[0]}: give each utterance one of its own")
+    return lines
+
+
 def device_of(name: str) -> str:
     """The device of that name; `auto`: a GPU if there is one. ValueError for a GPU that is not there."""
     import torch

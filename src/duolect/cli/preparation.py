@@ -31,10 +31,10 @@ def prepare(
         codec: OGG Vorbis quality 3 (up to 21 MB per hour), Opus 31 kbit/s (15, takes 14 times as long), FLAC (85).
         workers: Processes; default: one per CPU.
     """
-    from tqdm import tqdm
 
     from duolect.audio.codec import FORMATS
     from duolect.data import prepare as preparation
+    from duolect.run import progress_bar
 
     if check is not None:
         wrong = preparation.check(check)
@@ -49,7 +49,7 @@ def prepare(
     takes = ", ".join(f"{preparation.shown(plan.gigabytes(name))} as {name}" for name in sorted(FORMATS, key=lambda name: name != codec))
     print(f"{plan.utterances:,} utterances, about {plan.seconds / 3600:,.1f} h in {len(plan.parts)} shards: about {takes}", file=sys.stderr)
     stored: list[preparation.Shard] = []
-    with tqdm(total=plan.utterances, unit=" utterances", desc=str(out), mininterval=1 if sys.stderr.isatty() else 30, smoothing=0.1) as bar:
+    with progress_bar(total=plan.utterances, unit=" utterances", desc=str(out)) as bar:
 
         def done(shard: preparation.Shard) -> None:
             stored.append(shard)

@@ -8,12 +8,24 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from duolect.cli.checks import Settings, at_least, corpus_name, pairs, writable
-from duolect.cli.options import ModelOptions, device_of, of_one_folder, quiet, recognizer_for, report, say_score, source_of, write_tables
+from duolect.cli.options import (
+    ModelOptions,
+    device_of,
+    of_one_folder,
+    quiet,
+    recognized_in,
+    recognizer_for,
+    report,
+    say_score,
+    source_of,
+    write_tables,
+)
 
 if TYPE_CHECKING:
     from duolect.recognize.files import Format
@@ -61,21 +73,30 @@ def transcribe(
     recognizer = recognizer_for(models, {"it": _joined(decoding, fusion)}, word_times=format != "txt")
     folder = Transcripts(out, {**settings_of(recognizer, "it"), "format": format}) if out is not None else None
     taken: set[str] = set()
+    names = [{u.id: _free(f"{_file_name(u.id)}.{format}", taken) for u in source.utterances} for source in sources]
+    if folder and (others := sorted(name for name in taken if folder.is_others(name))):
+        raise ValueError(
+            f"{out}: {others[0]} is there and not by duolect ({len(others)} such files): name another --out, or move them away"
+        )
     lines: list[Recognized] = []
-    for source in sources:
-        targets = {u.id: _free(f"{_file_name(u.id)}.{format}", taken) for u in source.utterances}
+    for source, targets in zip(sources, names, strict=True):
         todo = {u.id: u for u in source.utterances if folder is None or not folder.has(targets[u.id], u.audio)}
         if len(todo) < len(targets):
             print(f"{len(targets) - len(todo)} of {len(targets)} transcripts are in {out} already", file=sys.stderr)
         found: dict[str, Recognized] = {}
-        for results in recognizer.recognize(list(todo.values()), progress=sys.stderr.isatty()) if todo else ():
-            found[results["it"].id] = result = results["it"]
+        for results in recognizer.recognize(list(todo.values())) if todo else ():
+            result = results["it"]
+            if format == "json":  # names the recording where paths start here, not in its folder
+                result = replace(result, fields={**result.fields, "audio_filepath": str(todo[result.id].audio)})
+            found[result.id] = result
             if folder is not None and result.error is None:
                 folder.write(targets[result.id], todo[result.id].audio, written(result, format))
         for result in (found[id] for id in todo):
             lines.append(result)
             if folder is None and result.error is None:
                 print(_printed(result, format, many=len(files) > 1 or count > 1), end="", flush=True)
+    if out is not None:
+        print(f"written: {sum(r.error is None for r in lines)} {format} files in {out}", file=sys.stderr)
     return report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
 
 
@@ -103,6 +124,7 @@ def decode(
     set: Settings = (),
     keep: int | None = None,
     words: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Recognizes a corpus into a hypotheses file (JSON lines with n-best lists and every scorer's part); continues a killed run.
 
@@ -118,13 +140,12 @@ def decode(
         set: Changes fields of the decoding: --set beam=16 terms.llm.scale=0.3
         keep: At most so many hypotheses a line.
         words: Also times and confidences of the words.
+        overwrite: Replace an output that is there by other settings; one by the same is continued, or finished.
     """
     from duolect.recognize.files import decode_to_files
 
     at_least(1, keep=keep)
-    writable("--out", out)
-    if out.exists() and out.resolve() == Path(data).resolve():
-        raise ValueError(f"--out {out}: is the corpus that is to be read: name another file")
+    writable("--out", out, inputs=[data])
     failures: list[str] = []
     source = source_of(data, failures)
     if source is None:
@@ -133,7 +154,7 @@ def decode(
     recognizer = recognizer_for(
         models, {"it": _joined(decoding, fusion)}, overrides=pairs(set, such_as="beam=16"), word_times=words, warn=warn
     )
-    lines = decode_to_files(recognizer, source.utterances, {"it": out}, keep=keep)["it"]
+    lines = decode_to_files(recognizer, source.utterances, {"it": out}, keep=keep, overwrite=overwrite)["it"]
     say_score(lines, data)
     return report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
 
@@ -150,6 +171,7 @@ def rescore(
     batch: int = 8,
     device: str = "auto",
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    overwrite: bool = False,
 ) -> int:
     """Adds a language model's score to every hypothesis of a hypotheses file, ranks anew if scales are given; continues a killed run.
 
@@ -167,19 +189,18 @@ def rescore(
         batch: Utterances scored at once.
         device: auto, cpu, cuda, ...
         precision: Of the language model.
+        overwrite: Replace an output that is there by other settings.
     """
-    from tqdm import tqdm
-
     from duolect.config import digest
     from duolect.recognize.decoding import policy_of
     from duolect.recognize.files import Growing, read_settings, refuse_others
     from duolect.recognize.models import Models
-    from duolect.scorer import read_hypotheses
+    from duolect.run import progress_bar
     from duolect.search.rescore import labels_for, ranked, rescored
 
     at_least(1, batch=batch)
-    writable("--out", out)
-    lines = list(read_hypotheses(hypotheses))
+    writable("--out", out, inputs=[hypotheses])
+    lines = recognized_in(hypotheses)
     parts = {part for line in lines for h in line.nbest for part in h.parts}
     if name in parts:
         raise ValueError(f"{hypotheses}: the hypotheses have a part {name!r} already: choose another --name")
@@ -188,11 +209,15 @@ def rescore(
     # Other hypotheses in a file of the same name are another run.
     of = digest({"lines": [line.to_json() for line in lines]})
     made["rescored"] = {**made.get("rescored", {}), name: {"lm": lm, "am": am, "prompt": prompt, "precision": precision, "of": of}}
-    growing = Growing(out, made | ({"scales": dict(weights)} if weights else {}))
+    growing = Growing(out, made | ({"scales": dict(weights)} if weights else {}), overwrite=overwrite)
     refuse_others([growing])
     # Whole batches, because scores depend on what is in a batch by a rounding error.
-    there = growing.there()
+    there = growing.there
     done = there[: len(there) if len(there) == len(lines) else len(there) // batch * batch]
+    if growing.found == out:
+        print(f"{out}: finished already: nothing to rescore", file=sys.stderr)
+        say_score(there, hypotheses)
+        return 0
     if done:
         print(f"continuing {growing.part}: {len(done)} of {len(lines)} utterances are done", file=sys.stderr)
     quiet()
@@ -201,10 +226,14 @@ def rescore(
     found, begun = [h for line in lines for h in line.nbest], bool(prompt.strip())
     labels = labels_for(scorer.vocabulary, found, policy=policy_of(scorer), begun=begun)
     with growing.adding(done) as add:
-        for start in tqdm(range(len(done), len(lines), batch), unit="batch", disable=not sys.stderr.isatty()):
-            part = lines[start : start + batch]
+        for start in progress_bar(range(len(done), len(lines), batch), unit="batch"):
+            part, begin = lines[start : start + batch], perf_counter()
             lists = rescored([line.nbest for line in part], name=name, scorer=scorer, labels=labels)
-            done += [replace(line, nbest=tuple(ranked(found, weights))) for line, found in zip(part, lists, strict=True)]
+            share = (perf_counter() - begin) / len(part)
+            done += [
+                replace(line, nbest=tuple(ranked(found, weights)), seconds=line.seconds + share)
+                for line, found in zip(part, lists, strict=True)
+            ]
             for line in done[start:]:
                 add(line)
     growing.finish(done)
@@ -237,6 +266,7 @@ def compare(
     out: Path = Path("out/compare"),
     normalizer: Literal["none", "basic", "whisper-english"] = "whisper-english",
     limit: int | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Several decodings of one corpus side by side: WER with interval, errors by kind, speed; continues a killed run.
 
@@ -253,6 +283,7 @@ def compare(
         out: Folder for table.md, table.json and one hypotheses file per decoding.
         normalizer: What is done to both texts before words are compared.
         limit: Only the first so many utterances.
+        overwrite: Replace hypotheses that are there by other settings; those by the same are not made again.
     """
     from duolect.evaluate.normalize import normalizer as normalizer_of
     from duolect.evaluate.table import rows
@@ -277,7 +308,8 @@ def compare(
     notes = [f"left out: {titles[name]}: {why}" for name, why in misfits.items()]
     for note in notes:
         recognizer.models.say(note)
-    found = decode_to_files(recognizer, utterances, _hypotheses_files(out / "hypotheses", list(recognizer.decodings)))
+    files = _hypotheses_files(out / "hypotheses", list(recognizer.decodings))
+    found = decode_to_files(recognizer, utterances, files, overwrite=overwrite)
     rule, corpus = normalizer_of(normalizer), corpus_name(data)
     scores = {titles[name]: score_recognized(lines, normalizer=rule, corpus=corpus) for name, lines in found.items()}
     write_tables(rows(scores), out, device=recognizer.models.device, notes=notes, left_out=misfits)

@@ -11,6 +11,9 @@ from typing import Any
 from duolect.evaluate.bootstrap import Interval
 from duolect.evaluate.wer import Comparison, Score, compare, score_json
 
+FEW = 20
+"""Utterances below which figures are marked."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -23,8 +26,10 @@ class Row:
 
 def rows(scores: Mapping[str, Score]) -> tuple[Row, ...]:
     """One row per system, each compared with the first. ScoreError if the systems were not scored on the same utterances."""
-    first = next(iter(scores.values()), None)
-    return tuple(Row(name, one, None if first is None or one is first else compare(first, one)) for name, one in scores.items())
+    first = next(iter(scores), "")
+    return tuple(
+        Row(name, one, None if name == first else compare(scores[first], one, names=(first, name))) for name, one in scores.items()
+    )
 
 
 def plain_table(table: Sequence[Row]) -> str:
@@ -119,6 +124,8 @@ def _footnotes(table: Sequence[Row], quote: str) -> list[str]:
         notes.append("RTF: seconds of compute per second of audio.")
     if any(row.against_first is not None for row in table):
         notes.append(f"vs first: WER points against {table[0].system!r}, paired bootstrap on the same utterances; p two-sided.")
+    if any(len(row.score.utterances) < FEW for row in table):
+        notes.append(f"fewer than {FEW} utterances: neither rates nor intervals say much.")
     for row in table:
         if row.score.failed:
             ids = ", ".join(row.score.failed[:5]) + (", ..." if len(row.score.failed) > 5 else "")

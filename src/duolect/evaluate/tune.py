@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from duolect.evaluate.bootstrap import Interval, percentiles, rate_interval
 from duolect.evaluate.nbest import NBestLists, corpus_digest
 from duolect.evaluate.surface import Floats, Ints, Range, Surface, surface_of
-from duolect.run import source, write_json
+from duolect.run import progress_bar, source, write_json
 
 Method = Literal["line", "grid"]
 
@@ -131,7 +130,7 @@ def tune(
         raise ValueError("there is nothing to tune: no reference has a word")
     places = {} if groups is None else {name: np.flatnonzero(np.array(groups) == name) for name in sorted(set(groups))}
     sizes = [len(lists), *map(len, places.values())]
-    with tqdm(total=sum(1 + _folds(n, folds) for n in sizes), desc="searches", unit="", disable=not progress) as bar:
+    with progress_bar(total=sum(1 + _folds(n, folds) for n in sizes), desc="searches", unit="", disable=not progress) as bar:
         searching = _Search.of(lists, reference=reference, free=free, seed=seed, method=search, done=bar.update)
         everyone = np.ones(len(lists), np.int64)
         found = searching.best(everyone)

@@ -202,20 +202,22 @@ def score_recognized(
     )
 
 
-def compare(baseline: Score, other: Score) -> Comparison:
+def compare(baseline: Score, other: Score, *, names: tuple[str, str] = ("the first", "the second")) -> Comparison:
     """The paired bootstrap of two systems on the same utterances (Bisani and Ney 2004): both are drawn together.
 
-    ScoreError unless both were scored on the same ids with the same references.
+    names: of the two, for messages. ScoreError unless both were scored on the same ids with the same references.
     """
     ours, theirs = ({x.id: x for x in s.utterances} for s in (baseline, other))
     if ours.keys() != theirs.keys():
         only = [x for x in ours if x not in theirs], [x for x in theirs if x not in ours]
         raise ScoreError(
-            f"the systems were not scored on the same utterances: {len(only[0])} only in the first ({_some(only[0])}), "
-            f"{len(only[1])} only in the second ({_some(only[1])})"
+            f"{names[0]} and {names[1]} were not scored on the same utterances: {len(only[0])} only in {names[0]} ({_some(only[0])}), "
+            f"{len(only[1])} only in {names[1]} ({_some(only[1])})"
         )
     if changed := [k for k, x in ours.items() if (x.reference, x.group) != (theirs[k].reference, theirs[k].group)]:
-        raise ScoreError(f"{len(changed)} utterances have another reference or bootstrap unit in the second system: {_some(changed)}")
+        raise ScoreError(
+            f"{len(changed)} utterances have another reference or bootstrap unit in {names[1]} than in {names[0]}: {_some(changed)}"
+        )
     pairs = np.array([(x.errors.total, theirs[k].errors.total, x.errors.words) for k, x in ours.items()], np.int64).reshape(-1, 3)
     changed_by, words = int(pairs[:, 1].sum() - pairs[:, 0].sum()), int(pairs[:, 2].sum())
     difference = 100.0 * changed_by / words if words else math.copysign(math.inf, changed_by) if changed_by else 0.0

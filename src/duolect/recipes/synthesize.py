@@ -27,10 +27,10 @@ import numpy as np
 import soundfile
 import soxr
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from duolect.audio.io import SAMPLE_RATE
 from duolect.data.prepare import claim, in_order
+from duolect.run import progress_bar
 
 SPEEDS = (0.85, 1.15)  # resampling moves pitch, formants and pace together: one voice becomes many speakers
 VOICES = dict(hibari_heart=0.6, flite_rms=0.1, flite_slt=0.08, flite_awb=0.08, flite_kal16=0.04, piper_joe=0.1)
@@ -169,7 +169,7 @@ def synthesize(
         spoken[entry["speaker"]] += entry["duration"]
     say = partial(_say, seconds=seconds, open_voice=open_voice)
     form = "{desc}: {percentage:3.0f}% {n:.3f}/{total:g} h [{elapsed}<{remaining}]"
-    bar = tqdm(total=hours, initial=sum(spoken.values()) / 3600, desc=str(out), bar_format=form, mininterval=2.0)
+    bar = progress_bar(total=hours, initial=sum(spoken.values()) / 3600, desc=str(out), bar_format=form)
     with bar, closing(in_order(say, todo, workers=workers)) as clips:
         while sum(spoken.values()) < hours * 3600 and (clip := next(clips, None)) is not None:
             utterance, ogg = clip

@@ -10,40 +10,48 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from duolect.config import digest, to_json
+from duolect.config import diff, digest, to_json
 from duolect.data.utterance import Utterance
+from duolect.recognize.models import state_of
 from duolect.recognize.recognizer import Recognizer
-from duolect.run import write_json
+from duolect.run import source, write_json
 from duolect.scorer import Recognized, read_hypotheses, write_hypotheses
 from duolect.search.align import Word
 
 Format = Literal["txt", "json", "srt", "vtt", "ctm"]
 INDEX = ".duolect.tsv"
+ELSEWHERE = "name another --out, or delete it (decode, rescore and compare can --overwrite)"
 LINE_SECONDS, LINE_LETTERS = 6.0, 84
 """A subtitle is at most so long in time and in letters."""
 
 
 class ResumeError(ValueError):
-    """An unfinished output belongs to another decoding."""
+    """What lies where results are to be written is not theirs to continue or to replace."""
 
 
 class Growing:
     """A hypotheses file in the making: lines are kept in `<out>.part` as they come; `<out>.part.json` says what makes them.
 
-    Beside the finished file that stays, as `<out>.json` (`read_settings`).
+    Beside the finished file that stays, as `<out>.json` (`read_settings`), so that the same run again finds it finished, and another one
+    leaves it alone unless it may overwrite it.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
-        self.out, self.settings, self.part = out, dict(settings), Path(f"{out}.part")
+    def __init__(self, out: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.out, self.part = out, Path(f"{out}.part")
+        self.settings = {**settings, "duolect": str(source())}
+        self.found = next((x for x in (self.part, out) if x.is_file() and x.stat().st_size), None)
+        made = _header(self.found) if self.found else self.settings
+        changes = ["nobody says what made it"] if made is None else diff(made, self.settings)
+        # Another version alone does not make what is there worthless, but it is said.
+        self.older = changes if changes and changes[0].startswith("duolect:") and len(changes) == 1 else []
+        self.others = changes if overwrite or not self.older else []
+        if self.others and overwrite:
+            self.found, self.others = None, []
 
-    @property
-    def is_others(self) -> bool:
-        """Whether an unfinished run with other settings lies there."""
-        return self.part.is_file() and self.part.stat().st_size > 0 and _header(self.part) != self.settings
-
+    @cached_property
     def there(self) -> list[Recognized]:
-        """The lines of the killed run, without a torn last one."""
-        return list(read_hypotheses(self.part)) if self.part.is_file() else []
+        """The lines of the killed or finished run, without a torn last one."""
+        return list(read_hypotheses(self.found)) if self.found else []
 
     @contextmanager
     def adding(self, kept: Sequence[Recognized]) -> Iterator[Callable[[Recognized], None]]:
@@ -66,60 +74,74 @@ class Growing:
 
 
 def refuse_others(growing: Iterable[Growing]) -> None:
-    """ResumeError if an unfinished run with other settings lies where one of the files shall grow."""
-    if others := [g.part for g in growing if g.is_others]:
-        names = ", ".join(map(str, others[:3])) + (", ..." if others[3:] else "")
-        raise ResumeError(f"unfinished runs of another decoding, model or setting: {names}: delete them, or name another output")
+    """ResumeError if results by other settings, or nobody knows which, lie where one of the files shall grow; it names what differs."""
+    if others := [g for g in growing if g.others]:
+        first, more = others[0], f" (and {len(others) - 1} files more)" if others[1:] else ""
+        changes = "; ".join(first.others[:4]) + ("; ..." if first.others[4:] else "")
+        what = "an unfinished run" if first.found == first.part else "results"
+        raise ResumeError(f"{first.found}: {what} of other settings{more}: {changes}: {ELSEWHERE}")
 
 
 def decode_to_files(
-    recognizer: Recognizer, utterances: Sequence[Utterance], outs: Mapping[str, Path], *, progress: bool = True, keep: int | None = None
+    recognizer: Recognizer,
+    utterances: Sequence[Utterance],
+    outs: Mapping[str, Path],
+    *,
+    progress: bool = True,
+    keep: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, list[Recognized]]:
-    """What each decoding in `outs` made of the utterances, in their order, written to its hypotheses file.
+    """What each decoding in `outs` made of the utterances, in their order, as its hypotheses file has it, which is written.
 
-    A run that was killed continues where it was (`Growing`); ResumeError if it is one of another decoding. keep: at most so many
-    hypotheses a line.
+    What is there already by the same settings is not made again, be the run killed or finished (`Growing`), but failures are; ResumeError
+    if it is by other ones or has other utterances, unless they may be overwritten. keep: at most so many hypotheses a line.
     """
-    growing = {name: Growing(out, {**settings_of(recognizer, name), "keep": keep}) for name, out in outs.items()}
+    growing = {name: Growing(out, {**settings_of(recognizer, name), "keep": keep}, overwrite=overwrite) for name, out in outs.items()}
     refuse_others(growing.values())
-    known = {name: _done(g, utterances) for name, g in growing.items()}
+    known = {name: _done(g, utterances, overwrite) for name, g in growing.items()}
     rest: dict[tuple[str, ...], list[Utterance]] = {}
     for u in utterances:
         rest.setdefault(tuple(name for name in outs if u.id not in known[name]), []).append(u)
-    if finished := len(rest.pop((), ())):
-        recognizer.models.say(f"continuing {next(iter(growing.values())).part}: {finished} of {len(utterances)} utterances are done")
+    finished = len(rest.pop((), ()))
+    if finished and outs:
+        say, first = recognizer.models.say, next(iter(growing.values()))
+        by = "".join(f" ({change})" for change in first.older)
+        if finished < len(utterances):
+            say(f"continuing {first.found}: {finished} of {len(utterances)} utterances are done{by}")
+        else:
+            say(f"{', '.join(map(str, outs.values()))}: finished already{by}: nothing to recognize")
     with ExitStack() as stack:
-        add = {name: stack.enter_context(g.adding(list(known[name].values()))) for name, g in growing.items()}
+        ids = [u.id for u in utterances]
+        made = [name for name, g in growing.items() if g.found != g.out or not list(known[name]) == [r.id for r in g.there] == ids]
+        add = {name: stack.enter_context(growing[name].adding(list(known[name].values()))) for name in outs if name in made}
         for names, undone in rest.items():
             missing = replace(recognizer, decodings={name: recognizer.decodings[name] for name in names})
             for found in missing.recognize(undone, progress=progress):
                 for name, line in found.items():
                     known[name][line.id] = line = replace(line, nbest=line.nbest[:keep])
                     add[name](line)
-    ordered = {name: [known[name][u.id] for u in utterances] for name in outs}
-    for name, g in growing.items():
-        g.finish(ordered[name])
-    return ordered
-
-
-def decoded_once(
-    recognizer: Recognizer, utterances: Sequence[Utterance], outs: Mapping[str, Path], *, progress: bool = True
-) -> dict[str, list[Recognized]]:
-    """As `decode_to_files`, but a finished file of these utterances is not made again. All is read from the files, where numbers are
-    rounded: whoever goes on finds the same ones."""
-    ids = [u.id for u in utterances]
-    missing = {name: out for name, out in outs.items() if not out.is_file() or [r.id for r in read_hypotheses(out)] != ids}
-    if missing:
-        rest = replace(recognizer, decodings={name: recognizer.decodings[name] for name in missing})
-        decode_to_files(rest, utterances, missing, progress=progress)
+    for name in made:
+        growing[name].finish([known[name][u.id] for u in utterances])
+    # As the files have it, where numbers are rounded: whoever goes on finds the same ones.
     return {name: list(read_hypotheses(out)) for name, out in outs.items()}
 
 
 def settings_of(recognizer: Recognizer, name: str) -> dict[str, Any]:
     """All that the results of a decoding depend on beside the audio, as JSON values."""
     decoding = recognizer.decodings[name]
-    models = {"acoustic": recognizer.acoustic, "precision": recognizer.models.precision, "word_times": recognizer.word_times}
-    return {**models, "decoding": to_json(decoding), "digest": digest(decoding)}
+    of = to_json(decoding)
+    models = sorted({recognizer.acoustic, *_models_in(of)})
+    said = {"acoustic": recognizer.acoustic, "precision": recognizer.models.precision, "word_times": recognizer.word_times}
+    return {**said, "models": {name: state_of(name) for name in models}, "decoding": of}
+
+
+def _models_in(value: Any) -> Iterator[str]:
+    """The models that a decoding's JSON names."""
+    for key, inner in value.items() if isinstance(value, Mapping) else ():
+        if key == "model" and isinstance(inner, str):
+            yield inner
+        else:
+            yield from _models_in(inner)
 
 
 def read_settings(hypotheses: Path) -> dict[str, Any]:
@@ -135,10 +157,14 @@ def _header(part: Path) -> Any:
         return None
 
 
-def _done(growing: Growing, utterances: Sequence[Utterance]) -> dict[str, Recognized]:
-    """The lines of an unfinished file that are of these utterances, by id; what failed is tried again."""
+def _done(growing: Growing, utterances: Sequence[Utterance], overwrite: bool) -> dict[str, Recognized]:
+    """The lines there are of these utterances, by id; what failed is tried again."""
     fields = {u.id: {k: v for k, v in u.fields.items() if v is not None and k != "duration"} for u in utterances}
-    lines = growing.there()
+    lines = growing.there
+    if growing.found == growing.out and not overwrite and (lost := [r.id for r in lines if r.id not in fields]):
+        raise ResumeError(
+            f"{growing.out}: is finished and has {len(lost)} utterances that are not asked for now, such as {lost[0]}: {ELSEWHERE}"
+        )
     return {r.id: r for r in lines if r.error is None and r.id in fields and fields[r.id].items() <= r.fields.items()}
 
 
@@ -160,14 +186,22 @@ class Transcripts:
         """Whether the file is there, of this audio as it is now, by these settings."""
         return (self.folder / name).is_file() and self.made.get(name) == self._mark(audio)
 
+    def is_others(self, name: str) -> bool:
+        """Whether a file of that name is there that this folder does not know: a reference beside its audio, perhaps."""
+        return (self.folder / name).is_file() and name not in self.made
+
     def write(self, name: str, audio: Path, text: str) -> None:
         """Writes the file, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{name}.part"
         part.write_text(text, encoding="utf-8")
+        self._note(name, "")  # a kill behind this leaves a file that is known as ours, and made again
         part.replace(self.folder / name)
+        self._note(name, self._mark(audio))
+
+    def _note(self, name: str, mark: str) -> None:
         with open(self.folder / INDEX, "a", encoding="utf-8") as lines:
-            lines.write(f"\n{name}\t{self._mark(audio)}")
+            lines.write(f"\n{name}\t{mark}")
 
     def _mark(self, audio: Path) -> str:
         return digest({**self.settings, "audio": str(audio.absolute()), "changed": audio.stat().st_mtime_ns if audio.exists() else None})

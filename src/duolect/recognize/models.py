@@ -22,7 +22,7 @@ from duolect.models.ctc import AcousticModel, load_acoustic_model
 from duolect.models.embedded import MODELS, SHIPPED_MODELS, resolve
 from duolect.models.lm import HFCausalLM, language_vocabulary
 from duolect.models.ngram import NGRAM_FILES, load_ngram
-from duolect.models.priors import read_prior
+from duolect.models.priors import PRIORS_FILE, read_prior
 from duolect.vocabulary import Vocabulary
 
 T = TypeVar("T")
@@ -107,6 +107,15 @@ class Models:
             )
             self._loaded[key] = load()
         return self._loaded[key]
+
+
+def state_of(name: str) -> str:
+    """A model's name or, for a file or folder, its path and when its weights and config were last written: other weights, another state."""
+    place = Path(name.partition("#")[0])
+    files = [x for x in (place, *place.glob("*")) if x.is_file() and x.name != PRIORS_FILE]
+    if not files or name in {**SHIPPED_MODELS, **MODELS}:
+        return name
+    return f"{place.resolve()} {max(x.stat().st_mtime_ns for x in files)}"
 
 
 def free_memory(device: str) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from duolect.audio.io import SAMPLE_RATE, AudioError, AudioWarning
 from duolect.data.batching import batches_by_seconds
@@ -22,6 +21,7 @@ from duolect.models.ctc import AcousticModel, CtcOutput
 from duolect.models.priors import PriorError
 from duolect.recognize.decoding import WRITTEN, Batch, Decoding
 from duolect.recognize.models import Models, free_memory
+from duolect.run import progress_bar
 from duolect.scorer import Hypothesis, Recognized
 from duolect.search.align import Word, align, pauses, words
 from duolect.search.fusion import SearchError
@@ -81,7 +81,8 @@ class Recognizer:
                 if len(self.decodings) == 1:
                     self.models.say(line)
         durations = [u.seconds if u.seconds else 10.0 for u in utterances]
-        with _progress(sum(durations), progress) as bar:
+        form = "{desc}{percentage:3.0f}%|{bar:24}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]{postfix}"
+        with progress_bar(total=sum(durations), bar_format=form, disable=not progress) as bar:
             for batch in batches_by_seconds(durations, batch_seconds=self.batch_seconds):
                 loaded: list[tuple[Utterance, np.ndarray]] = []
                 for utterance in (utterances[i] for i in batch):
@@ -264,8 +265,3 @@ def _in_a_row(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
     parts = {name: sum(h.parts[name] for h in hypotheses) for name in names}
     text = " ".join(t for h in hypotheses if (t := h.text.strip()))
     return [Hypothesis(tuple(y for h in hypotheses for y in h.labels), text, parts)]
-
-
-def _progress(total: float, shown: bool) -> tqdm:
-    form = "{desc}{percentage:3.0f}%|{bar:24}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]{postfix}"
-    return tqdm(total=total, disable=not shown, mininterval=0.5, smoothing=0.05, bar_format=form)

@@ -18,8 +18,8 @@ from duolect.evaluate.table import Row, rows
 from duolect.evaluate.tune import Tuned, tune, write_scales
 from duolect.evaluate.wer import Score, score_recognized
 from duolect.recognize.decoding import Decoding, Greedy, Language, Prior, Term, TimeSynchronous, policy_of
-from duolect.recognize.files import decoded_once
-from duolect.recognize.models import Models
+from duolect.recognize.files import decode_to_files
+from duolect.recognize.models import Models, state_of
 from duolect.recognize.recognizer import Recognizer
 from duolect.run import write_json
 from duolect.scorer import Recognized, Scorer, read_hypotheses, write_hypotheses
@@ -76,7 +76,7 @@ class _Study:
         """The corpus' n-best lists with the part of every language model and prior; what is in the file already is not computed again."""
         path, study = self.out / f"{corpus}.jsonl", self.study
         recognizer = Recognizer(self.models, study.am, {"lists": TimeSynchronous(study.nbest)})
-        found = decoded_once(recognizer, utterances, {"lists": path})["lists"]
+        found = decode_to_files(recognizer, utterances, {"lists": path})["lists"]
         for name, scorer, labels in self._scorers():
             if all(name in h.parts for line in found for h in line.nbest):
                 continue
@@ -164,7 +164,7 @@ class _Study:
         self.models.say(f"decoding {self.rounds} of {rounds}: {'; '.join(decodings)}")
         # Other scales make another decoding: its file's name says so, and what was decoded by older ones is left alone.
         files = {t: self.out / "hypotheses" / f"{_file(t)}-{digest(decoding)[:6]}.jsonl" for t, decoding in decodings.items()}
-        return decoded_once(Recognizer(self.models, self.study.am, decodings), utterances, files)
+        return decode_to_files(Recognizer(self.models, self.study.am, decodings), utterances, files)
 
 
 def measured(study: FusionStudy, out: Path, models: Models) -> tuple[Row, ...]:
@@ -207,14 +207,8 @@ def _both(line: Recognized, other: Recognized, names: Mapping[str, str]) -> Reco
 
 def _same_models(study: FusionStudy, out: Path) -> None:
     """Writes out/models.json; ValueError where what lies there is of other models, or of older weights in the same folders."""
-
-    def state(name: str) -> list[Any]:
-        place = Path(name)
-        files = [x for x in (place, *place.glob("*")) if x.is_file()]
-        return [str(place.resolve()) if files else name, max((x.stat().st_mtime_ns for x in files), default=0)]
-
     path = out / "models.json"
-    new = {"--am": state(study.am), **{f"--lm {x}": state(y) for x, y in study.lms.items()}, "--nbest": study.nbest}
+    new = {"--am": state_of(study.am), **{f"--lm {x}": state_of(y) for x, y in study.lms.items()}, "--nbest": study.nbest}
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and (out / "tune.jsonl").is_file() else {}
     if other := [name for name in new if old.get(name, new[name]) != new[name]]:
         raise ValueError(

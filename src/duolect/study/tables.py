@@ -14,7 +14,7 @@ from duolect.evaluate.normalize import normalizer
 from duolect.evaluate.table import Row, rows
 from duolect.evaluate.wer import score_recognized
 from duolect.recipes.experiment import AsrExperiment, run
-from duolect.recognize.files import decoded_once
+from duolect.recognize.files import decode_to_files
 from duolect.recognize.models import Models
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer
@@ -103,7 +103,7 @@ def measured(study: Study, out: Path, *, world: World, progress: bool = True) ->
         made = {name: decoding_of(name, Ingredients(speech_llm=model)) for name in names}
         recognizer = Recognizer(Models(device=str(world.device), say=lambda text: None), model, made)
         files = {name: folder / "hypotheses" / f"{name}.jsonl" for name in made}
-        for name, lines in decoded_once(recognizer, utterances, files, progress=progress).items():
+        for name, lines in decode_to_files(recognizer, utterances, files, progress=progress).items():
             row = PRESETS[name].title if name == "ctc-greedy" else f"{title}: {PRESETS[name].title.removeprefix('Speech LLM ')}"
             scores[row] = score_recognized(lines, normalizer=normalizer("whisper-english"), corpus=Path(study.test).stem)
     return rows(scores)
