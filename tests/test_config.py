@@ -214,6 +214,9 @@ def test_overrides(name, text, expected):
     [
         ("step", "1", r"^step: unknown field of TinyRecipe; did you mean 'steps'\?"),
         ("layers", "1", r"^layers: unknown field of TinyRecipe; did you mean 'encoder.layers'\?"),
+        ("foo", "1", r"^foo: unknown field of TinyRecipe; known: encoder, steps, [^;]*$"),
+        ("encoder.foo", "1", r"^encoder.foo: unknown field of TinyConformer; known: layers, dropout$"),
+        ("optimiser.peak", "1", r"^optimiser: unknown field of TinyRecipe; did you mean 'optimizer.peak'\?"),
         ("encoder.layrs", "1", r"^encoder.layrs: unknown field of TinyConformer; did you mean 'encoder.layers'\?"),
         ("steps", "many", r"^steps: got 'many' \(str\), expected int"),
         ("steps.x", "1", r"^steps.x: steps is 10 \(int\) and has no fields"),

@@ -243,9 +243,12 @@ def _made(cls: type, values: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{where or cls.__name__}: {error}") from error
 
 
-def _unknown(text: str, name: str, candidates: Sequence[str]) -> ConfigError:
-    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return ConfigError(f"{text}; did you mean {near[0]!r}?" if near else f"{text}; known: {', '.join(sorted(candidates)[:12]) or 'none'}")
+def _unknown(text: str, name: str, known: Iterable[str], places: Mapping[str, str] | None = None) -> ConfigError:
+    """places: whole names of what may be meant, by the name itself."""
+    places = places or {}
+    near = difflib.get_close_matches(name, [*known, *places], n=1, cutoff=0.5)
+    hint = f"did you mean {places.get(near[0], near[0])!r}?" if near else f"known: {', '.join(known) or 'none'}"
+    return ConfigError(f"{text}; {hint}")
 
 
 def _encode(value: Any, where: str) -> Any:
@@ -290,10 +293,10 @@ def _replaced(value: Any, hint: Any, path: Sequence[str], new: Any, where: str, 
     if dataclasses.is_dataclass(value):
         fields = _fields(type(value), where)
         if name not in fields:
-            names = [n.removesuffix(f".{_TAG}") for n, _ in _flat(to_json(root), "")]
-            same_end = [n for n in names if n.split(".")[-1] == path[-1]]  # the right name in the wrong place
-            asked = same_end[0] if same_end else ".".join([*where.split("."), *path])
-            raise _unknown(f"{inner}: unknown field of {type(value).__name__}", asked.strip("."), [*names, *fields])
+            names = [n.removesuffix(f".{_TAG}") for n, _ in _flat(to_json(root), "") if n != _TAG]
+            elsewhere = {n.split(".")[-1]: n for n in reversed(names)}  # the right name may stand in the wrong place
+            places = elsewhere | {n: _join(where, n) for n in fields}
+            raise _unknown(f"{inner}: unknown field of {type(value).__name__}", path[-1], fields, places)
         changed = _replaced(getattr(value, name), fields[name][0], path[1:], new, inner, root=root)
         return _made(type(value), {**{k: getattr(value, k) for k in fields}, name: changed}, where)
     if isinstance(value, Mapping):

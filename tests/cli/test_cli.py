@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ import soundfile
 
 from duolect.recognize.presets import PRESETS
 from duolect.recognize.recognizer import Recognizer
+from duolect.run import source
 from duolect.scorer import read_hypotheses
 from duolect.search.rescore import rescored
 from duolect.vocabulary import load_vocabulary
@@ -245,7 +248,8 @@ def test_compare_continues_and_leaves_out_what_does_not_fit(duolect, zoo, tmp_pa
     assert code == 130 and "the same command continues" in err
     code, out, err = duolect(*command)
     assert code == 0 and "2 of 7 utterances are done" in err
-    assert "left out: CTC + unit LM - prior, label-wise: " in out and "left out: CTC + LLM - prior, n-best rescoring: " in err
+    assert err.count("left out: CTC + unit LM - prior, label-wise: ") == 1 and "left out: " not in out, "said once"
+    assert "its labels (BPE " in err and "--unit-lm" in err and "EveryLabel" not in err
     table = (tmp_path / "out" / "table.md").read_text()
     assert "\n- left out: CTC + unit LM, label-wise: " in table and "| CTC + LLM, delayed to word ends |" in table
     assert "delayed-prior" in json.loads((tmp_path / "out" / "table.json").read_text())["left_out"]
@@ -279,11 +283,19 @@ def test_a_corpus_with_bad_lines_goes_on_and_ends_with_1(duolect, zoo, with_mode
     [
         (["transcribe", "{corpus}/nowhere.wav"], "nowhere.wav"),
         (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "nonsense"], "ctc-greedy"),
-        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--beam", "0"], "beam of 0"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--beam", "0"], "--beam 0: expected 1 or more"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--interval", "0"], "--interval 0: expected 1 or more"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--batch-seconds", "0"], "--batch-seconds 0: expected more than 0"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--lm", "no.arpa"], "--lm no.arpa: there is no such file"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--context", "no.txt"], "--context no.txt: there is no such file"),
+        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--context", "{tmp}/no"], "--context {tmp}/no: there is no such file"),
         (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "ctc", "--set", "beam"], "field=value"),
         (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "ctc", "--am", "{corpus}"], "config.json"),
         (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "delayed", "--lm", "{tmp}/nothing"], "nothing"),
-        (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "labelwise", "--unit-lm", "{llm}"], "words"),
+        (
+            ["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "labelwise", "--unit-lm", "{llm}"],
+            "that has them with --unit-lm",
+        ),
         (["decode", "--data", "{corpus}", "--out", "{tmp}/x.jsonl", "--decoding", "ctc", "--device", "cuda:7"], "cuda"),
         (["decode", "--data", "{corpus}", "--out", "{tmp}", "--decoding", "ctc"], "--out {tmp}: is a folder, expected a file"),
         (["decode", "--data", "{corpus}", "--out", "{tmp}/plain.jsonl/x", "--decoding", "ctc"], "{tmp}/plain.jsonl is no folder"),
@@ -320,7 +332,7 @@ def test_each_mistake_is_one_line_that_says_what_to_do(duolect, zoo, with_models
     assert code in (1, 2)
     assert expected.format(tmp=tmp_path) in err
     assert "Traceback" not in err
-    if "expected a f" in expected or "or more" in expected:
+    if any(said in expected for said in ("expected a f", "or more", "more than 0", "no such file", "ctc-greedy")):
         assert "loading" not in err, "said before any work"
 
 
@@ -332,6 +344,19 @@ def test_the_help_of_a_command_has_an_example_of_options_it_knows(duolect, comma
     example = re.search(rf"Example: duolect {command} (.*)", plain)
     assert code == 0 and example
     assert all(f"{option} " in plain.replace(example[0], "") for option in re.findall(r"--[\w-]+", example[1]))
+
+
+@pytest.mark.parametrize("words", [[], ["lm"]])
+def test_a_bare_command_prints_its_help(duolect, words):
+    code, out, err = duolect(*words)
+    assert code == 0 and "train" in out and not err
+
+
+def test_the_version_and_no_bars_of_transformers():
+    code = "from transformers.utils import logging as x; print(x.is_progress_bar_enabled(), x.get_verbosity() == x.ERROR)"
+    command = f"import sys; from duolect.cli import main\nsys.argv[1:] = ['--version']\ntry: main()\nexcept SystemExit: {code}"
+    said = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout.splitlines()
+    assert said == [f"duolect {source()}", "False True"]
 
 
 def test_doctor_and_models_list(duolect):
@@ -359,6 +384,8 @@ def test_a_speech_llm_recognizes_by_its_folder_alone(duolect, zoo, tmp_path):
 
 def test_what_a_speech_llm_needs_is_said(duolect, zoo, tmp_path):
     audio = zoo["corpus"] / "u0.wav"
+    code, _, err = duolect("transcribe", audio, "--model", zoo["am"], "--aed", zoo["sllm"], "--decoding", "aed", "--device", "cpu")
+    assert code == 0 and err.count(f"aed: {zoo['sllm']}, as {zoo['am']} is none (--aed names another)") == 1
     code, _, err = duolect("transcribe", audio, "--model", zoo["llm"], "--device", "cpu")
     assert code == 2 and "expected ctc, aed or speech_llm" in err
     code, _, err = duolect("transcribe", audio, "--speech-llm", zoo["am"], "--am", zoo["am"], "--decoding", "sllm", "--device", "cpu")
@@ -406,7 +433,7 @@ def test_language_models_together_each_by_its_labels(duolect, zoo, with_models, 
 def test_pairs_that_cannot_be_fused_say_what_can(duolect, zoo, with_models):
     audio = zoo["corpus"] / "u0.wav"
     code, _, err = duolect("transcribe", audio, *with_models, "--fusion", "labelwise")
-    assert code == 2 and "cannot be fused label-wise: it reads words (BPE " in err and "--fusion delayed, word-end" in err
+    assert code == 2 and "cannot be fused label-wise: its labels (BPE " in err and "--fusion delayed, word-end" in err
     code, _, err = duolect("transcribe", audio, *with_models, "--fusion", "delayed", "--decoding", "ctc")
     assert code == 2 and "name one of the two" in err
 
@@ -503,6 +530,9 @@ def test_explain_knows_what_made_the_file(duolect, zoo, with_models, tmp_path, m
     assert code == 0 and "B (the reference): ab abba" in shown and "in the list" in shown
     code, shown, _ = duolect("explain", "b.jsonl", "u0", *where, "--against", lines["u0"].nbest[2].text)
     assert code == 0 and "B (rank 3): " in shown
+    assert duolect("rescore", "--hypotheses", "a.jsonl", "--out", "n.jsonl", "--lm", zoo["llm"], "--device", "cpu")[0] == 0
+    code, shown, _ = duolect("explain", "n.jsonl", "u0", *where)
+    assert code == 0 and "score = 1 ctc +0.4 unit;" in shown and "llm: scale 0 or none in this ranking (rescored without" in shown
     shutil.copy("b.jsonl", "c.jsonl")
     named = ["--decoding", "labelwise", *with_models[:2], *with_models[4:]]
     code, shown, _ = duolect("explain", "c.jsonl", "u0", *where, *named)
@@ -519,10 +549,13 @@ def test_explain_knows_what_made_the_file(duolect, zoo, with_models, tmp_path, m
         (["b.jsonl", "u0", "--scales", "nowhere.json"], "--scales nowhere.json: expected a scales file"),
         (["b.jsonl", "u0", "--name", "unit", *where], "--name unit: expected a part that the decoding does not know: llm"),
         (["nowhere.jsonl", "u0"], "nowhere.jsonl"),
+        (["b.jsonl", "u0", "--decoding", "ctc-gredy", *where], "there is no decoding 'ctc-gredy', is ctc-greedy meant?"),
     ]
     for words, expected in mistakes:
         code, _, err = duolect("explain", *words)
         assert code == 2 and expected in err and "Traceback" not in err, words
+        assert "loading" not in err or "best hypothesis itself" in expected or "--name" in words, "said before models are loaded"
+    assert "for `duolect explain` also one of them" in " ".join(duolect("explain", "--help")[1].replace("│", "").split())
 
 
 def test_tune_says_what_parts_of_a_corpus_gain_and_what_is_wrong(duolect, tmp_path):

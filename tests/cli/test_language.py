@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
+from duolect.cli.language import finetune, train
 from tests.models.test_finetuned import sources
 from tests.models.test_speech_llm import TEXTS
 from tests.recipes.test_language import text, units
@@ -45,6 +47,10 @@ def test_the_command_line(text: Path, units: Path, sources: dict[str, Path], tmp
         2,
         f"duolect: {tmp_path / 'none.txt'}: cannot be read (No such file or directory): name a text file or a manifest\n",
     )
+
+
+def test_the_two_ways_to_a_language_model_have_folders_of_their_own() -> None:
+    assert len({inspect.signature(command).parameters["out"].default for command in (finetune, train)}) == 2
 
 
 def test_short_texts_and_unknown_words_are_said(text: Path, units: Path, sources: dict[str, Path], tmp_path: Path, duolect) -> None:

@@ -8,6 +8,7 @@ import torch
 from duolect.data.sources import open_source
 from duolect.data.utterance import load_audio
 from duolect.models.ctc import load_acoustic_model
+from duolect.models.embedded import SHIPPED
 from duolect.models.priors import PRIORS_FILE, count_words, label_counts, read_prior, softmax_prior, text_priors
 from duolect.vocabulary import load_vocabulary
 from tests.recognize.conftest import TEXTS
@@ -15,7 +16,8 @@ from tests.recognize.conftest import TEXTS
 
 def test_all_kinds_are_estimated_in_one_go_and_the_rest_of_the_file_stays(duolect, zoo, tmp_path):
     command = ["prior", "--am", zoo["am"], "--out", tmp_path]
-    code, out, _ = duolect(*command, "--data", zoo["corpus"], "--lm", zoo["llm"])
+    code, out, err = duolect(*command, "--data", zoo["corpus"], "--lm", zoo["llm"])
+    assert "warning: 7 utterances and 7 transcripts are few for a prior" in err
     assert code == 0 and f"{PRIORS_FILE}: softmax, counts, sampled, llm from 7 utterances and 7 transcripts" in out
     model, llm, utterances = load_acoustic_model(zoo["am"]), load_vocabulary(zoo["llm"]), open_source(zoo["corpus"]).utterances
     words = count_words(TEXTS)
@@ -29,8 +31,8 @@ def test_all_kinds_are_estimated_in_one_go_and_the_rest_of_the_file_stays(duolec
     entropy, perplexity = float(-(share * table).sum()), float((-(counts * table).sum() / counts.sum()).exp())
     assert f"counts   entropy {entropy:.3f} nats, perplexity {perplexity:.1f} of transcripts; likeliest: " in out
     (tmp_path / "text").write_text("AB ab\n\nba\n" * 50)
-    code, out, _ = duolect(*command, "--text", tmp_path / "text", "--seed", "3")
-    assert code == 0 and "counts, sampled from 0 utterances and 100 transcripts" in out
+    code, out, err = duolect(*command, "--text", tmp_path / "text", "--seed", "3")
+    assert code == 0 and "warning" not in err and "counts, sampled from 0 utterances and 100 transcripts" in out
     again = text_priors(count_words(["ab ab", "ba"] * 50), model.vocabulary, seed=3)
     torch.testing.assert_close(read_prior(tmp_path, "sampled", model.vocabulary), again["sampled"])
     torch.testing.assert_close(read_prior(tmp_path, "softmax", model.vocabulary), own["softmax"])
@@ -57,6 +59,8 @@ def test_what_cannot_be_read_is_left_out_and_said(duolect, zoo, tmp_path):
     ("words", "expected"),
     [
         (["--am", "{am}"], "name audio with --data, a text with --text, or both"),
+        (["--data", "{corpus}"], "duolect-ctc: has no folder that is yours: name one for priors.safetensors with --out, or a copy of"),
+        (["--data", "{corpus}", "--am", f"{SHIPPED}/ctc-whisper-base-en"], "has no folder that is yours"),
         (["--text", "{am}/nowhere", "--am", "{am}"], "cannot be read"),
         (["--data", "{corpus}", "--am", "{am}", "--lm", "smolm2-135m"], "did you mean smollm2-135m?"),
     ],

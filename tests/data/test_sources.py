@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from duolect.audio.io import AudioError, read_audio
-from duolect.data.sources import SourceError, open_source, read_folder, read_librispeech, read_manifest
+from duolect.data.sources import SourceError, named, open_source, read_folder, read_librispeech, read_manifest
 from duolect.data.utterance import Problem, load_audio, stored_bytes
 
 
@@ -243,3 +243,12 @@ def test_demo_set_that_comes_with_the_package() -> None:
         assert {"speaker", "licence", "source"} <= utterance.fields.keys()
         total += seconds
     assert total < 240
+
+
+def test_sources_have_short_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "v1.2").mkdir()
+    monkeypatch.chdir(tmp_path / "v1.2")
+    assert list(named(["dev/manifest.jsonl", "shared/data/other", "x/clean.jsonl", "a.txt"])) == ["dev", "other", "clean", "a"]
+    assert named(["manifest.jsonl"]) == {"v1.2": "manifest.jsonl"} and named(["."]) == {"v1.2": "."}
+    same = ["real/dev/manifest.jsonl", "synth/dev/manifest.jsonl", "dev-1"]
+    assert list(named(same)) == same

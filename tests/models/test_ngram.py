@@ -149,11 +149,11 @@ def test_what_cannot_be_read_is_one_line(tmp_path, words, monkeypatch):
     with pytest.raises(ModelError, match=r"bad.bin: is no n-gram that KenLM reads") as refused:
         load_ngram(tmp_path / "bad.bin")
     assert "\n" not in str(refused.value)
-    with pytest.raises(ModelError, match="no such file"):
-        load_ngram(tmp_path / "none.klm")
     monkeypatch.setitem(sys.modules, "kenlm", None)
     with pytest.raises(ModelError, match="pip install kenlm"):
         load_ngram(words)
+    with pytest.raises(ModelError, match=r"none.klm: cannot be read \(No such file"):
+        load_ngram(tmp_path / "none.klm")
 
 
 def test_states_are_values(labels, letters):

@@ -107,8 +107,9 @@ def test_recipes_resolve_to_what_they_did(name: str) -> None:
     assert with_overrides(made, {"training.epochs": "20"}).training.epochs == 20
 
 
-def test_a_ctc_model_from_audio_and_text(data: Path, tmp_path: Path) -> None:
-    figures = run(experiment(data, heads=(1,)), tmp_path, world=World())
+def test_a_ctc_model_from_audio_and_text(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = run(experiment(data, heads=(1,), held_out=40), tmp_path, world=World())
+    assert f"{data}: 22 utterances, 0.01 h, 2 more held out" in capsys.readouterr().err, "a tenth of a tiny corpus at most"
     assert figures.keys() == {f"{name} {figure}" for name in ("dev", "held-out") for figure in ("WER", "ctc", "ctc1")}
     model = load_acoustic_model(tmp_path / "model")
     assert isinstance(model, CtcModel) and model.vocabulary.size == PIECES + 1 and set(model.aux_vocabularies) == {1}
@@ -427,6 +428,9 @@ def test_unusable_speech_stops_with_counts(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"12 of 24 utterances cannot be used \(characters outside the vocabulary: 12\)"):
         run(experiment(data, corpora=(Corpus(str(bad)),)), tmp_path / "run", world=World())
     assert len((tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()) == 12
+    bad.write_text("".join(json.dumps(line) + "\n" for line in lines[:20]))
+    run(experiment(data, checks={"real/dev": str(bad)}, held_out=0, max_share_lost=0.7), tmp_path / "dev", world=World())
+    assert len((tmp_path / "dev" / "skipped-real-dev.jsonl").read_text().splitlines()) == 12
 
 
 def test_batches_are_of_utterances_as_long_as_they_are_heard(data: Path, tmp_path: Path) -> None:

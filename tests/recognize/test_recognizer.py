@@ -304,7 +304,8 @@ def test_decodings_that_do_not_fit_the_models_are_told_before_work(zoo, models, 
     names = ("ctc-greedy", "rescore", "labelwise", "delayed-prior", "unit-rescore")
     misfits = Recognizer(models, str(tmp_path / "am"), {n: decoding_of(n, foreign) for n in names}).misfits()
     assert sorted(misfits) == ["delayed-prior", "labelwise"]
-    assert "duolect prior" in misfits["delayed-prior"] and "whole words" in misfits["labelwise"]
+    assert "duolect prior" in misfits["delayed-prior"]
+    assert f"{zoo['llm']} cannot be fused label-wise: its labels (BPE " in misfits["labelwise"] and "--unit-lm" in misfits["labelwise"]
 
 
 def test_long_audio_is_cut_at_pauses_and_joined(zoo, models, tmp_path):

@@ -35,7 +35,11 @@ def study(zoo: dict[str, Path], tmp_path: Path) -> FusionStudy:
 def test_every_row_is_the_decoding_of_its_title(
     study: FusionStudy, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = measured(study, tmp_path / "out", models)
+    said: list[str] = []
+    table = measured(study, tmp_path / "out", replace(models, say=said.append))
+    rounds = [x.split(": ", 1) for x in said if x.startswith("decoding ")]
+    assert [x for x, _ in rounds] == [f"decoding {i} of 9" for i in range(1, 10)] and rounds[1][1] == "tune, + unit"
+    assert {x for _, names in rounds for x in names.split("; ")} >= {"CTC greedy", "+ llm - counts prior, every 3"}
     titles = [row.system for row in table]
     assert titles[:5] == ["CTC greedy", "CTC beam 4", "+ unit, 6-best rescoring", "+ unit - softmax prior, 6-best rescoring",
                           "+ unit - counts prior, 6-best rescoring"]  # fmt: skip

@@ -192,10 +192,13 @@ def test_the_average_is_used_and_put_back() -> None:
         assert parameter.tolist() == [1.0, 1.0]
 
 
-def test_a_finished_run_is_not_trained_on(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = train(Line(), CONFIG, tmp_path)
     again = Line()
     assert train(again, CONFIG, tmp_path) == figures and again.heard == []
+    assert f"{tmp_path} is finished: its model is {tmp_path / 'model'}\n" in (said := capsys.readouterr().err) and "goes on" not in said
+    train(Line(), replace(CONFIG, steps=11), tmp_path)
+    assert f"{tmp_path} goes on at update 10, epoch 2\n" in capsys.readouterr().err
 
 
 def test_nan_stops_with_the_batch_on_disk(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import os
 import sys
 
 ABOUT = (
-    "Speech to text with an acoustic model and a language model. `duolect <command> --help` says more; DUOLECT_DEBUG=1 shows tracebacks."
+    "Speech to text with an acoustic model and a language model. `duolect <command> --help` says more, `duolect --version` "
+    "what this is; DUOLECT_DEBUG=1 shows tracebacks."
 )
 
 
 def main() -> None:
     """Runs `duolect <command> ...`. Exit code 0: all done; 1: some of it failed, as listed; 2: nothing could be done, as said."""
+    # Bars and notes of transformers would tear our own progress line apart; it asks for these when it is first imported.
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", **os.environ}
     import tyro
 
     from duolect.cli import (
@@ -52,9 +55,15 @@ def main() -> None:
         "doctor": maintenance.doctor,
     }
     words, prog = sys.argv[1:], "duolect"
+    if words == ["--version"]:
+        from duolect.run import source
+
+        print(f"duolect {source()}")
+        sys.exit(0)
     if words[:1] == ["lm"]:
         words, prog = words[1:], "duolect lm"
         commands = {name.removeprefix("lm "): command for name, command in commands.items() if name.startswith("lm ")}
+    words = words or ["--help"]
     try:
         code = tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=ABOUT, sort_subcommands=False, args=words)
     except KeyboardInterrupt:

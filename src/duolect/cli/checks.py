@@ -33,6 +33,13 @@ def writable(option: str, path: Path | None, *, folder: bool = False, inputs: It
         raise ValueError(f"{option} {path}: {there} {'cannot be written to' if there.is_dir() else 'is no folder'}: name another place")
 
 
+def is_file(option: str, name: str, *, means_one: bool) -> bool:
+    """Whether a name is a file's. Raises ValueError where it is not, and looks like nothing else."""
+    if not (there := Path(name).is_file()) and means_one:
+        raise ValueError(f"{option} {name}: there is no such file: correct the path")
+    return there
+
+
 def corpus_name(data: Path) -> str:
     """What a signature calls a corpus: its folder."""
     return (data if data.is_dir() else data.absolute().parent).resolve().name

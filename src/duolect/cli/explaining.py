@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from duolect.cli.checks import writable
-from duolect.cli.options import ModelOptions, device_of, quiet, recognized_in, recognizer_for, source_of
+from duolect.cli.options import ModelOptions, device_of, recognized_in, recognizer_for, source_of
 
 if TYPE_CHECKING:
     from duolect.data.utterance import Utterance
@@ -125,7 +125,6 @@ def _recognizer(made: Mapping[str, Any], decoding: str, models: ModelOptions, pa
         raise ValueError(f"--scales {models.scales}: expected a scales file of `duolect tune`; folders of them go with --decoding")
     if "decoding" not in made:
         raise ValueError(f"{path}.json, which says what made {path.name}, is not there: name it with --decoding (and --am, --lm, ...)")
-    quiet()
     known = from_json(made["decoding"], where=f"{path}.json")
     return Recognizer(Models(device=device_of(models.device), precision=made["precision"]), made["acoustic"], {"it": known})
 
@@ -208,7 +207,7 @@ def _shown(found: Explanation, line: Recognized, rank: int, against: str, *, eve
             add("" if row.same else "*", row.a, '"' if row.same else row.b, row)
     add("", "sum", "sum", summed(found.rows))
     what = f"rank {rank}" if rank else "the reference" if against == "reference" else "the text given"
-    score = " ".join(f"{found.scales[n]:+g} {n}" for n in names).removeprefix("+")
+    score = " ".join(f"{found.scales[n]:+g} {n}" for n in names if found.scales[n]).removeprefix("+")
     head = [
         f"{line.id}: score = {score}; natural log; diff: scaled, A minus B",
         f"A (rank 1): {found.a.text.strip()}",

@@ -51,7 +51,7 @@ def finetune(
 def train(
     text: tuple[str, ...],
     check: tuple[str, ...] = (),
-    out: Path = Path("runs/lm"),
+    out: Path = Path("runs/unit-lm"),
     units: str = "duolect-ctc",
     case: Literal["lower", "upper", "keep"] = "lower",
     options: Annotated[RunOptions, arg(name="")] = RunOptions(),
@@ -141,7 +141,7 @@ def ppl(
     """
     from tqdm import tqdm
 
-    from duolect.cli.options import device_of, quiet
+    from duolect.cli.options import device_of
     from duolect.data.text import TextLines
     from duolect.evaluate.perplexity import perplexities, plain_rows
     from duolect.models.ngram import reads
@@ -150,7 +150,6 @@ def ppl(
 
     at_least(1, limit=limit, batch=batch)
     writable("--json", json)
-    quiet()
     models = Models(device=device_of(device), precision=precision)
     sources = {str(path): TextLines(path) for path in text}
     if empty := [path for path, lines in sources.items() if not len(lines)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import UseAppendAction
 
-from duolect.cli.checks import corpus_name
+from duolect.cli.checks import at_least, corpus_name, is_file
 
 if TYPE_CHECKING:
     from duolect.data.sources import Source
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 
 DEFAULT_LM = ("duolect-lm",)
+LM_FILES = (".arpa", ".arpa.gz", ".bin", ".klm", ".gguf")
+"""What language models end in that are files."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class ModelOptions:
     model: str = ""
     """A folder that is acoustic model and decoder in one (AED, speech LLM), in place of --am and --aed or --speech-llm."""
     scales: Path | None = None
-    """A folder of scales files as `duolect tune` writes them (llm.json, unit.json, ...); default: the acoustic model's own."""
+    """A folder of scales files as `duolect tune` writes them (llm.json, unit.json, ...), for `duolect explain` also one of them; default:
+    the acoustic model's own."""
     beam: int = 8
     """Hypotheses kept by one-pass fusion."""
     nbest: int = 20
@@ -73,7 +77,12 @@ def recognizer_for(
     warn: Sequence[Mapping[str, Any]] = (),
 ) -> Recognizer:
     """A recognizer of named decodings; its scales are said. warn: lines of the corpus, in case the scales were tuned on them."""
-    quiet()
+    at_least(1, beam=options.beam, nbest=options.nbest, interval=options.interval)
+    if not options.batch_seconds > 0:
+        raise ValueError(f"--batch-seconds {options.batch_seconds:g}: expected more than 0")
+    for lm in options.lm:
+        is_file("--lm", lm, means_one=lm.endswith(LM_FILES))
+    context = _phrases(options.context)
     from duolect.recognize.decoding import Attention
     from duolect.recognize.models import Models
     from duolect.recognize.presets import decoding_of
@@ -82,9 +91,11 @@ def recognizer_for(
     options = of_one_folder(replace(options, lm=options.lm or DEFAULT_LM))
     models = Models(device=device_of(options.device), precision=options.precision)
     decodings = {name: _chosen(which, options, models) for name, which in decodings.items()}
-    ingredients = _ingredients(options, models, decodings.values(), warn)
+    ingredients = replace(_ingredients(options, models, decodings.values(), warn), context=context)
     made = {name: decoding_of(which, ingredients, overrides) for name, which in decodings.items()}
-    for name, decoding in made.items() if ingredients.context else ():
+    if options.model not in ("", options.aed) and any("aed" in decoding.terms for decoding in made.values()):
+        models.say(f"aed: {options.aed}, as {options.model} is none (--aed names another)")
+    for name, decoding in made.items() if context else ():
         if "context" in decoding.terms or any(
             isinstance(t, Attention) and models.attention(t.model).takes_context for t in decoding.terms.values()
         ):
@@ -127,8 +138,6 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
     from duolect.evaluate.tune import read_scales, same_corpus_warning
     from duolect.recognize.presets import DEFAULT_SCALES, FUSIONS, PRESETS, Ingredients, default_scales, parts_of
 
-    if min(options.beam, options.nbest) < 1:
-        raise ValueError(f"a beam of {min(options.beam, options.nbest)} holds no hypothesis: give 1 or more")
     folder = options.scales or models.scales_folder(options.am)
     if options.scales is not None and not options.scales.is_dir():
         raise ValueError(f"--scales {options.scales}: is no folder: name the one of the files that `duolect tune` wrote (llm.json, ...)")
@@ -149,14 +158,15 @@ def _ingredients(options: ModelOptions, models: Any, decodings: Any, warn: Seque
             scales[wanted], note = default, f"not tuned for this pair of models: `duolect tune` writes {file}"
         models.say(f"scales {wanted}: " + ", ".join(f"{k} {v:g}" for k, v in scales[wanted].items()) + f" ({note})")
     names = ("lm", "unit_lm", "aed", "speech_llm", "prompt", "beam", "nbest", "interval", "prior", "context_scale")
-    return Ingredients(scales=scales, context=_phrases(options.context), **{name: getattr(options, name) for name in names})
+    return Ingredients(scales=scales, **{name: getattr(options, name) for name in names})
 
 
 def _phrases(named: Sequence[str]) -> dict[str, float]:
     """Phrases and their weights, of files or as they are."""
     found: dict[str, float] = {}
     for name in named:
-        for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines() if Path(name).is_file() else [name], start=1):
+        there = is_file("--context", name, means_one=os.sep in name or name.endswith((".txt", ".tsv", ".csv")))
+        for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines() if there else [name], start=1):
             phrase, _, weight = line.partition("\t")
             try:
                 found |= {phrase: float(weight or 1.0)} if phrase.strip() else {}
@@ -229,11 +239,11 @@ def say_score(lines: Sequence[Any], data: Path) -> None:
 
 
 def write_tables(table: Sequence[Row], out: Path, *, device: str, notes: Sequence[str] = (), **more: Any) -> None:
-    """Prints a table and writes it into a folder: table.md, and table.json with what it was made in."""
+    """Prints a table and writes it into a folder: table.md, with notes below, and table.json with what it was made in."""
     from duolect.evaluate.table import json_table, markdown_table, plain_table
     from duolect.run import environment, write_json
 
-    print("\n".join([plain_table(table), *notes]))
+    print(plain_table(table))
     (out / "table.md").write_text(markdown_table(table) + "".join(f"- {note}\n" for note in notes), encoding="utf-8")
     write_json(out / "table.json", {"table": json_table(table), **more, "env": environment(device=device, seed=0)})
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from duolect.models.priors import Words
     from duolect.vocabulary import Vocabulary
 
+FEW = 20
+"""A prior of fewer utterances is warned of."""
+
 
 def prior(
     data: Path | None = None,
@@ -44,12 +47,13 @@ def prior(
         am: CTC acoustic model.
         lm: Language model whose labels are counted too; each gets its own by a call of its own.
         text: Transcripts to count instead, one a line (or a manifest), read as a stream. Without --data nothing is listened to.
-        out: Folder for the priors; default: the model's own folder.
+        out: Folder for the priors; default: the model's own folder, where decodings look for them, unless it is an embedded model.
         case: How words are written before they are counted.
         alpha: Of sampled segmentations: the smaller the more varied, 1 as likely as the unigrams say.
         seed: Of sampled segmentations.
     """
     from duolect.data.sources import open_source
+    from duolect.models.embedded import SHIPPED
     from duolect.models.priors import PRIORS_FILE, softmax_prior, text_priors, write_priors
     from duolect.recognize.models import Models, place_of
 
@@ -57,8 +61,9 @@ def prior(
     if data is None and text is None:
         raise ValueError("there is nothing to estimate priors from: name audio with --data, a text with --text, or both")
     place = Path(place_of(am, "acoustic"))
-    if out is None and not place.is_dir():
-        raise ValueError(f"--am {am}: has no folder of its own: name one for {PRIORS_FILE} with --out")
+    if out is None and (not place.is_dir() or place.resolve().is_relative_to(SHIPPED.resolve())):
+        copy = f", or a copy of {place} with --am" if place.is_dir() else ""
+        raise ValueError(f"--am {am}: has no folder that is yours: name one for {PRIORS_FILE} with --out{copy}")
     writable("--out", folder := out or place, folder=True)
     models, failed = Models(), list[str]()
     model, language = models.acoustic(am), models.vocabulary(lm) if lm else None
@@ -73,7 +78,10 @@ def prior(
         raise ValueError(f"{data}: no audio could be read: {failed[0]}")
     if texts:
         found |= text_priors(words, model.vocabulary, alpha=alpha, seed=seed)
-    source = f"{corpus_name(data or text or folder)}: {len(chosen) - len(failed)} utterances, {texts} transcripts"
+    heard = len(chosen) - len(failed)
+    if few := [f"{n} {what}" for n, what in ((heard, "utterances"), (texts, "transcripts")) if 0 < n < FEW]:
+        print(f"warning: {' and '.join(few)} are few for a prior, which may do harm: name {FEW} or more, best hundreds", file=sys.stderr)
+    source = f"{corpus_name(data or text or folder)}: {heard} utterances, {texts} transcripts"
     write_priors(folder, model.vocabulary, found, source=source)
     _say(found, words, model.vocabulary)
     if language is not None:
@@ -81,7 +89,7 @@ def prior(
         found["llm"] = of_text.get("sampled", of_text["counts"])
         write_priors(folder, language, {"llm": found["llm"]}, source=f"{source}, in labels of {lm}")
         _say({"llm": found["llm"]}, words, language)
-    print(f"{folder / PRIORS_FILE}: {', '.join(found)} from {len(chosen) - len(failed)} utterances and {texts} transcripts")
+    print(f"{folder / PRIORS_FILE}: {', '.join(found)} from {heard} utterances and {texts} transcripts")
     return report(failed)
 
 

@@ -35,7 +35,7 @@ def report(
         device: auto, cpu, cuda, ...
     """
     from duolect.audio.io import read_audio
-    from duolect.cli.options import device_of, quiet
+    from duolect.cli.options import device_of
     from duolect.evaluate.plots import attention_panels, figure_class
     from duolect.models.attention_maps import attention_maps
     from duolect.models.speech_llm import SpeechLlm
@@ -44,7 +44,6 @@ def report(
     writable("--out", out)
     figure_class()
     samples = read_audio(audio)
-    quiet()
     network = SpeechLlm.load(model, device=device_of(device))
     there = len(network.layers), int(network.llm.config.get_text_config(decoder=True).num_attention_heads)
     chosen = [_layer_head(named, there) for named in dict.fromkeys(heads)]

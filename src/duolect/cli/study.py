@@ -38,13 +38,12 @@ def study(
         limit: Only the first so many utterances of the test set.
         device: cpu or cuda; default: a GPU if there is one.
     """
-    from duolect.cli.options import quiet, write_tables
+    from duolect.cli.options import write_tables
     from duolect.config import with_overrides
     from duolect.recipes.asr import RECIPES
     from duolect.study.tables import DECODINGS, TABLES, Study, measured
     from duolect.train.parallel import join
 
-    quiet()
     one_of("table", table, TABLES)
     one_of("recipe", recipe, RECIPES)
     at_least(1, limit=limit)
@@ -95,11 +94,10 @@ def fusion(
         limit: Only the first so many utterances of both corpora.
         device: cpu or cuda; auto: a GPU if there is one.
     """
-    from duolect.cli.options import device_of, quiet, write_tables
+    from duolect.cli.options import device_of, write_tables
     from duolect.recognize.models import Models
     from duolect.study.fusion import FusionStudy, measured
 
-    quiet()
     at_least(0, rounds=rounds)
     at_least(1, limit=limit, nbest=nbest, intervals=min(intervals, default=1), beams=min(beams, default=1))
     writable("--out", out, folder=True)

@@ -68,11 +68,9 @@ def trained(plain: Any, run: Callable[..., Any], out: Path, options: RunOptions)
     """Runs (or shows) an experiment with its deviations and says how good the model became."""
     import json
 
-    from duolect.cli.options import quiet
     from duolect.config import diff, to_json, with_overrides
     from duolect.train.parallel import join
 
-    quiet()
     experiment = with_overrides(plain, pairs(options.set, such_as="training.epochs=20"))
     if options.show:
         print(json.dumps(to_json(experiment), indent=1))

@@ -89,9 +89,8 @@ def usable(
             items.append(Labelled(utterance, tuple(numbers[x] for x in labels)))
     if skipped is not None:
         write_lines(skipped, [asdict(x) for x in lost])
-    require_share(
-        lost, of=len(items) + len(lost), most=max_share_lost, listed=skipped, mend="mend the data or choose units and limits for it"
-    )
+    mend = "mend the data, choose units and limits for it, or accept a larger share (max_share_lost)"
+    require_share(lost, of=len(items) + len(lost), most=max_share_lost, listed=skipped, mend=mend)
     return Usable(tuple(items), tuple(lost))
 
 
@@ -104,7 +103,7 @@ def require_share(lost: Sequence[Skipped], *, of: int, most: float, listed: Path
         raise DataError(
             f"{len(lost)} of {of} utterances cannot be used ({reasons}), such as {example.id} ({example.cause}); "
             f"{'that is all of them' if len(lost) == of else f'more than {most:.0%} is not accepted'}: {mend}"
-            f"{f', or accept a larger share; {listed} lists them' if listed else ', or accept a larger share'}"
+            f"{f'; {listed} lists them' if listed else ''}"
         )
 
 

@@ -158,7 +158,8 @@ def shown(gigabytes: float) -> str:
 
 def _require_few(plan: Plan, lost: Sequence[Skipped], seen: int, most: float) -> None:
     try:
-        require_share(lost, of=seen, most=most, listed=plan.out / SKIPPED, mend="mend the sources")
+        mend = "mend the sources, or accept a larger share with --max-failed"
+        require_share(lost, of=seen, most=most, listed=plan.out / SKIPPED, mend=mend)
     except DataError:
         write_lines(plan.out / SKIPPED, map(asdict, lost))
         raise

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +53,13 @@ def open_source(path: str | Path) -> Source:
     except AudioError:
         raise SourceError(f"{path}: is neither a manifest nor audio: expected {EXPECTED}; name another file") from None
     return _collected([path], path.parent)
+
+
+def named(sources: Sequence[str]) -> dict[str, str]:
+    """Sources by short names, of a manifest that of its folder, or by their whole paths where these are the same."""
+    paths = [Path(os.path.abspath(x)) for x in sources]  # a manifest or folder in the current folder has a name, too
+    short = [(p.parent.name if p.name == MANIFEST else p.name if p.is_dir() else p.stem) or str(p) for p in paths]
+    return {name if short.count(name) == 1 else str(x): str(x) for name, x in zip(short, sources, strict=True)}
 
 
 def read_manifest(path: str | Path) -> Source:

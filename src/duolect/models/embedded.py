@@ -83,10 +83,7 @@ def _from_gguf(name: str, path: Path, folder: Path) -> None:
     except ImportError as error:
         raise EmbeddedError(f"{name}: {error.name} is needed once, to read GGUF: pip install 'duolect[gguf]'") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     options = {"gguf_file": path.name, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.bfloat16, **options)
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)

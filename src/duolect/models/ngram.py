@@ -139,6 +139,10 @@ def reads(scorer: Scorer[Any], text: str) -> bool:
 def load_ngram(path: str | Path, *, over: Vocabulary | None = None, prompt: str = "", oov: float = 0.0) -> NgramScorer:
     """The scorer of an ARPA or binary file: over the labels of `over` where the file has those, else over words. Raises ModelError."""
     try:
+        Path(path).open("rb").close()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}): name an n-gram ({', '.join(NGRAM_FILES)})") from error
+    try:
         kenlm: Any = import_module("kenlm")
     except ImportError as error:
         raise ModelError(
@@ -147,10 +151,7 @@ def load_ngram(path: str | Path, *, over: Vocabulary | None = None, prompt: str 
     config = kenlm.Config()
     config.show_progress, config.arpa_complain = False, kenlm.ARPALoadComplain.NONE
     try:
-        Path(path).open("rb").close()
         model = kenlm.Model(str(path), config)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: there is no such file: name an n-gram ({', '.join(NGRAM_FILES)})") from error
     except (OSError, RuntimeError) as error:
         cause = " ".join(str(error).split())[-160:]
         raise ModelError(f"{path}: is no n-gram that KenLM reads, expected ARPA (.arpa, .arpa.gz) or its binary (... {cause})") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import duolect
 from duolect.audio.augment import Augmentation, SpecAugment
+from duolect.data.sources import named
 from duolect.models.adapters import AdapterDims
 from duolect.models.attention_decoder import DecoderDims
 from duolect.models.conformer import PRESETS, ConformerDims
@@ -36,7 +37,7 @@ def tiny(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperim
         tuple(Corpus(x, augment=clean) for x in sources or [str(DEMO)]),
         TrainConfig({"top": 4e-3, "encoder": 4e-3}, steps=400, schedule=WarmUp(50), log_every=20, validate_every=100, save_every=100),
         dims,
-        _named(checks or sources or [str(DEMO)]),
+        named(checks or sources or [str(DEMO)]),
         Units(48, text),
         learning=Learning(batch_seconds=30.0),
         max_seconds=35.0,
@@ -68,7 +69,7 @@ def mini(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperim
             keep_best=4,
         ),
         dims,
-        _named(checks),
+        named(checks),
         Units(128, text),
         heads=(4,),
         decoder=DecoderDims.of(layers=3, dim=144),
@@ -85,7 +86,7 @@ def librispeech_aed(sources: Sequence[str], checks: Sequence[str], text: str) ->
         tuple(Corpus(x, augment=Augmentation(speeds=speeds, noise_chance=0.0)) for x in sources),
         _paper(100.0),
         PRESETS["small"],
-        _named(checks),
+        named(checks),
         Units(10_240, text),
         heads=(4, 8),
         decoder=DecoderDims.of(layers=6, dim=512),
@@ -127,7 +128,7 @@ def whisper_top(sources: Sequence[str], checks: Sequence[str], text: str) -> Asr
         tuple(Corpus(x, 1 if i == 0 else 6, noise) for i, x in enumerate(sources)),
         TrainConfig({"top": 1.5e-3, "encoder": 0.0}, seconds=4500, average=0.998, precision="auto", validate_every=500, save_every=250),
         FromWhisper(merge_after=None, frozen=6, top=TopDims(dim=288, layers=4, dropout=0.15, attention_dropout=0.15, stack=2)),
-        _named(checks),
+        named(checks),
         Units(256, text),
         learning=Learning(batch_seconds=40.0, kept_versions=3),
         held_out=40,
@@ -166,7 +167,7 @@ def speech_llm(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrE
         tuple(Corpus(x, 1 if i == 0 else 8, noise) for i, x in enumerate(sources)),
         TrainConfig(rates, seconds=4800, precision="auto", validate_every=200, save_every=100, keep_best=3),
         FromModel(),
-        _named(checks),
+        named(checks),
         Units(text=text, folder="duolect-ctc"),
         llm=LlmPart("duolect-lm", dims),
         learning=Learning(batch_seconds=60.0, kept_versions=3, decoder_check=24),
@@ -222,9 +223,3 @@ def _paper(epochs: float) -> TrainConfig:
         save_every=1000,
         keep_best=4,
     )
-
-
-def _named(sources: Sequence[str]) -> dict[str, str]:
-    """Validation sets by the names of their folders or files."""
-    names = [Path(x).parent.name if Path(x).suffix == ".jsonl" else Path(x).name for x in sources]
-    return {name if names.count(name) == 1 else f"{name}-{i}": str(x) for i, (name, x) in enumerate(zip(names, sources, strict=True))}

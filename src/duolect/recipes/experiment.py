@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -144,7 +145,7 @@ def run(
     corpora, held = _corpora(experiment, ctc, out, world)
     checks = {name: _check_set(name, source, ctc, experiment, out, world) for name, source in experiment.checks.items()}
     if held:
-        checks["held-out"] = held
+        checks.setdefault("held-out", held)
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or rest) / 1e6 for rest in (True, False))
     world.say(f"{size:.1f} M parameters, {trained:.1f} M of them learn; on {world.size} x {world.device}")
     card = f"# {experiment.recipe}\n\nTrained by duolect; the whole experiment is recipe.json of its run folder.\n"
@@ -177,13 +178,15 @@ def _corpora(
             max_share_lost=experiment.max_share_lost,
             skipped=out / f"skipped-{number}.jsonl" if world.first else None,
         )
-        items, apart = _held_out(found.items, experiment.held_out if number == 0 else 0)
+        # Of a tiny corpus most must be left to learn from.
+        items, apart = _held_out(found.items, 0 if number else min(experiment.held_out, max(1, len(found.items) // 10)))
         held += apart
         corpora.append((corpus, items))
         hours = sum(x.seconds for x in items) / 3600
+        kept = f", {len(apart)} more held out" if apart else ""
         left_out = f", {len(found.skipped)} left out (skipped-{number}.jsonl)" if found.skipped else ""
         odd = f", {len(source.problems)} lines cannot be used, such as {source.problems[0]}" if source.problems else ""
-        world.say(f"{corpus.source}: {len(items)} utterances, {hours:.2f} h{left_out}{odd}")
+        world.say(f"{corpus.source}: {len(items)} utterances, {hours:.2f} h{kept}{left_out}{odd}")
     return corpora, held
 
 
@@ -274,8 +277,8 @@ def _held_out(items: Sequence[Labelled], count: int) -> tuple[list[Labelled], li
 
 def _check_set(name: str, source: str, ctc: CtcModel, experiment: AsrExperiment, out: Path, world: World) -> Sequence[Labelled]:
     """What of a validation set can be scored; nothing is left out for its length but what the encoder cannot hear at once."""
-    longest, listed = min(ctc.encoder.max_seconds, 40.0), f"skipped-{name}.jsonl"
-    limits: dict[str, Any] = {"max_seconds": longest, "max_share_lost": 0.5, "case": experiment.units.case}
+    longest, listed = min(ctc.encoder.max_seconds, 40.0), f"skipped-{name.replace(os.sep, '-')}.jsonl"
+    limits: dict[str, Any] = {"max_seconds": longest, "max_share_lost": max(0.5, experiment.max_share_lost), "case": experiment.units.case}
     if world.first:
         limits["skipped"] = out / listed
     found = usable(open_source(source).utterances, ctc.vocabulary, seconds_per_frame=ctc.seconds_per_frame, **limits)

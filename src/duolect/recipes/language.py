@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from duolect.config import registered
 from duolect.data.filter import Case
+from duolect.data.sources import named
 from duolect.data.text import TextLines
 from duolect.models.embedded import resolve
 from duolect.models.finetuned import Learns, LmDims, Written, fitted, save_fitted
@@ -74,7 +75,7 @@ def finetune(llm: str, texts: Sequence[str], checks: Sequence[str], units: str =
     rates = {"llm": 1e-5 if learns == "all" else 3e-4, "embeddings": 1e-3 if units else 1e-5}
     training = TrainConfig(rates, epochs=2.0, schedule=WarmUp(200), precision="auto", validate_every=250, save_every=250, keep_best=2)
     dims = LmDims(learns, embeddings="learn" if learns == "all" else "rest")
-    return LmExperiment("finetune", tuple(Text(x) for x in texts), training, llm, dims, units, _named(checks))
+    return LmExperiment("finetune", tuple(Text(x) for x in texts), training, llm, dims, units, named(checks))
 
 
 def scratch(texts: Sequence[str], checks: Sequence[str], units: str) -> LmExperiment:
@@ -82,9 +83,7 @@ def scratch(texts: Sequence[str], checks: Sequence[str], units: str) -> LmExperi
     rates = {"llm": 3e-3, "embeddings": 3e-3}
     training = TrainConfig(rates, epochs=5.0, schedule=WarmUp(60), weight_decay=0.05, precision="auto", validate_every=300)
     learning = TextLearning(batch_labels=3000)
-    return LmExperiment(
-        "scratch", tuple(Text(x) for x in texts), training, LmShape(), units=units, checks=_named(checks), learning=learning
-    )
+    return LmExperiment("scratch", tuple(Text(x) for x in texts), training, LmShape(), units=units, checks=named(checks), learning=learning)
 
 
 def run(
@@ -184,9 +183,3 @@ def _unknown(lines: TextLines, vocabulary: Vocabulary) -> str:
     unknown = vocabulary.processor.unk_id()
     odd = [x for x in some if unknown in vocabulary.encode(x)]
     return f"; {100 * len(odd) / len(some):.1f}% have letters outside the units, such as {odd[0][:60]!r}" if odd else ""
-
-
-def _named(sources: Sequence[str]) -> dict[str, str]:
-    """Validation texts by short names, or by their whole paths where these are the same."""
-    short = [Path(x).parent.name if Path(x).name == "manifest.jsonl" else Path(x).stem for x in sources]
-    return {name if short.count(name) == 1 else str(x): str(x) for name, x in zip(short, sources, strict=True)}

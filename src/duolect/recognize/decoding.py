@@ -192,8 +192,9 @@ class Language(Term):
         when, how = self.asked(same=same), "the labels" if same else f"words ({read.described()})"
         if not same and when.lookahead:
             raise SearchError(
-                f"{self.model} cannot be fused label-wise: it reads {how}, not the labels of {acoustic} ({heard.described()}): "
-                "use --fusion delayed, word-end, shortest or rescore, or a language model in those labels"
+                f"{self.model} cannot be fused label-wise: its labels ({read.described()}) are not those of {acoustic} "
+                f"({heard.described()}): name a language model that has them with --unit-lm, or use --fusion delayed, word-end, shortest "
+                "or rescore"
             )
         if not same and read.word_joint == "none":
             raise SearchError(

@@ -178,7 +178,8 @@ def explained(a: Hypothesis, b: Hypothesis, *, scorers: Scorers, scales: Mapping
     if unknown := [name for name in a.parts if name not in names]:
         notes.append(f"{', '.join(unknown)}: not known of B, left out; --lm names the model of one")
     if silent := [name for name, scale in used.items() if not scale]:
-        notes.append(f"{', '.join(silent)}: has no scale here and counts nothing; --scales names a file with one")
+        none = "scale 0 or none in this ranking (rescored without scales?), so it counted nothing: --scales FILE gives one"
+        notes.append(f"{', '.join(silent)}: {none}")
     return Explanation(both[0], both[1], used, rows, notes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -176,7 +177,8 @@ def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[
         except json.JSONDecodeError as error:
             raise ConfigError(f"{name_or_file}:{error.lineno}: is no JSON ({error.msg})") from error
     else:
-        raise ConfigError(f"there is no decoding {name_or_file!r}: name a JSON file or one of {', '.join(PRESETS)}")
+        near = "".join(f", is {x} meant?" for x in difflib.get_close_matches(name_or_file, PRESETS, 1))
+        raise ConfigError(f"there is no decoding {name_or_file!r}{near}: name a JSON file or one of {', '.join(PRESETS)}")
     if not isinstance(decoding, Decoding):
         kinds = ", ".join(kind.__name__ for kind in (Greedy, TimeSynchronous, LabelSynchronous, Speculative))
         raise ConfigError(f"{name_or_file}: {type(decoding).__name__} is no decoding: expected one of {kinds}")

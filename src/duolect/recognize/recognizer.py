@@ -112,6 +112,7 @@ class Recognizer:
             try:
                 for term in decoding.terms.values():
                     term.load(self.models, self.acoustic)
+                decoding.explained(self.models, self.acoustic)
                 decoding.run(batch)
             except (PriorError, SearchError, VocabularyError) as error:
                 found[name] = " ".join(str(error).split())

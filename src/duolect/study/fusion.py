@@ -59,6 +59,7 @@ class _Study:
     models: Models
     out: Path
     scores: dict[str, Score] = field(default_factory=dict)
+    rounds: int = 0  # of decoding, begun
 
     def same(self, lm: str) -> bool:
         """Whether a language model's labels are the CTC model's."""
@@ -158,6 +159,9 @@ class _Study:
 
     def decoded(self, decodings: Mapping[str, Decoding], utterances: Sequence[Utterance]) -> dict[str, list[Recognized]]:
         """What decodings make of utterances, by title; what is in files already is not made again."""
+        self.rounds += 1
+        rounds = 1 + sum(len(self.kinds(lm)) * self.study.rounds + 1 for lm in self.study.lms)
+        self.models.say(f"decoding {self.rounds} of {rounds}: {'; '.join(decodings)}")
         # Other scales make another decoding: its file's name says so, and what was decoded by older ones is left alone.
         files = {t: self.out / "hypotheses" / f"{_file(t)}-{digest(decoding)[:6]}.jsonl" for t, decoding in decodings.items()}
         return decode_to_files(Recognizer(self.models, self.study.am, decodings), utterances, files)

@@ -138,11 +138,16 @@ def train(
     if config.watch and not place.step:
         _watched(run, _validated(run, place))  # a wrong name is said now, not after the first hours
     task.model.train()
+    begun = place.step
     for now, per_epoch, micros in updates(
         task, place, rank=world.rank, world=world.size, accumulate=config.accumulate, workers=config.workers
     ):
         place = replace(now, seconds=monitor.seconds)
-        if run.progress(place, per_epoch) >= 1.0:
+        done = run.progress(place, per_epoch) >= 1.0
+        if place.step == begun > 0 and world.first:
+            what = f"is finished: its model is {folder / 'model'}" if done else f"goes on at update {place.step}, epoch {place.epoch}"
+            monitor.say(f"{folder} {what}")
+        if done:
             break
         share = config.schedule.share(place.step, run.progress(place, per_epoch))
         rates = set_rates(optimizer, share, resting=config.resting(place.epoch + place.update / max(1, per_epoch)))

@@ -45,7 +45,6 @@ class Monitor:
         self._mirror = _mirror(mirror, folder) if mirror and world.first else None
         if place.step and world.first:
             _rewind(folder / METRICS, place.step)
-            self.say(f"goes on at update {place.step}, epoch {place.epoch} of {folder}")
         self._reset()
 
     @property
