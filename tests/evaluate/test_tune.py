@@ -127,6 +127,15 @@ def test_the_grid_is_brute_force_over_its_grid_and_shrinks_to_the_best_box():
         low, high = kept.min(axis=0), kept.max(axis=0)
 
 
+@pytest.mark.parametrize("free", [{"llm": Range()}, PAPER, {**PAPER, "length": Range(-1.0, 1.0)}], ids=len)
+def test_a_grid_never_ends_above_what_the_plot_shows(free):
+    for seed in range(12):  # few utterances: ragged surfaces, which a coarse grid steps over
+        made = synthetic(12, 9, seed=seed, prior=-0.3 if "prior" in free else 0.0)
+        lists = replace(made, parts={**made.parts, "length": np.random.default_rng(seed).normal(0, 4, made.errors.shape)})
+        found = tune(lists, reference="ctc", free=free, search="grid", draws=1, folds=2)
+        assert found.wer <= found.probes.wer.min() + 1e-9
+
+
 def test_what_is_as_good_as_the_optimum():
     few, many = (tune(synthetic(n, 12, seed=1), reference="ctc", free=PAPER, draws=200, folds=2) for n in (30, 1000))
     for found in (few, many):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -139,14 +138,12 @@ def ppl(
         precision: Of the language models.
         json: Also write everything to this file.
     """
-    from tqdm import tqdm
-
     from duolect.cli.options import device_of
     from duolect.data.text import TextLines
     from duolect.evaluate.perplexity import perplexities, plain_rows
     from duolect.models.ngram import reads
     from duolect.recognize.models import Models
-    from duolect.run import write_json
+    from duolect.run import progress_bar, write_json
 
     at_least(1, limit=limit, batch=batch)
     writable("--json", json)
@@ -161,7 +158,7 @@ def ppl(
             chosen = range(len(lines))[:: max(1, -(-len(lines) // limit) if limit else 1)]
             title = f"{name} on {Path(path).name}"
             found = []
-            for start in tqdm(range(0, len(chosen), batch), desc=title, unit="batch", disable=not sys.stderr.isatty()):
+            for start in progress_bar(range(0, len(chosen), batch), desc=title, unit="batch"):
                 some = [lines.fields(i) for i in chosen[start : start + batch]]
                 found += _scored(scorer, some, by, title, begun=bool(prompt.strip()))
             rows += perplexities([x for x, _ in found], model=name, text=path)

@@ -221,14 +221,6 @@ def device_of(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def quiet() -> None:
-    """Keeps the bars and notes of transformers away, which would tear our own progress line apart."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def say_score(lines: Sequence[Any], data: Path) -> None:
     """Prints the WER of lines to standard error, where all have references."""
     from duolect.evaluate.normalize import normalizer

@@ -94,23 +94,21 @@ def prior(
 
 
 def _words(text: Path | None, utterances: Sequence[Utterance], case: Literal["lower", "upper", "keep"]) -> Words:
-    from tqdm import tqdm
-
     from duolect.data.filter import with_case
     from duolect.data.text import TextLines
     from duolect.models.priors import count_words
+    from duolect.run import progress_bar
 
     texts = TextLines(text, case=case) if text else [with_case(u.text, case) for u in utterances if u.text]
-    return count_words(tqdm(texts, unit="text", disable=not sys.stderr.isatty()))
+    return count_words(progress_bar(texts, unit="text"))
 
 
 def _heard(model: AcousticModel, utterances: Sequence[Utterance], failed: list[str]) -> Iterator[CtcOutput]:
-    from tqdm import tqdm
-
     from duolect.audio.io import AudioError
     from duolect.data.utterance import load_audio
+    from duolect.run import progress_bar
 
-    for utterance in tqdm(utterances, unit="utterance", disable=not sys.stderr.isatty()):
+    for utterance in progress_bar(utterances, unit="utterance"):
         try:
             yield model.log_probs_of([load_audio(utterance)])
         except AudioError as error:

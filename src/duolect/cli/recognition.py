@@ -18,7 +18,6 @@ from duolect.cli.options import (
     ModelOptions,
     device_of,
     of_one_folder,
-    quiet,
     recognized_in,
     recognizer_for,
     report,
@@ -220,7 +219,6 @@ def rescore(
         return 0
     if done:
         print(f"continuing {growing.part}: {len(done)} of {len(lines)} utterances are done", file=sys.stderr)
-    quiet()
     models = Models(device=device_of(device), precision=precision)
     scorer = models.language(lm, prompt=prompt, over=models.acoustic(am).vocabulary if am else None)
     found, begun = [h for line in lines for h in line.nbest], bool(prompt.strip())

@@ -247,14 +247,18 @@ class _Search:
 
     def best(self, weights: Ints) -> Floats:
         """[D] the numbers with the fewest errors over the utterances, each counted weights [N] times."""
-        grid = self._grid if len(self.low) <= 2 else self._coordinates
-        found = self._lines(weights) if self.method == "line" else grid(weights)
+        totals = self.probed_totals(weights)
+        probe, least = _middle(self.probes[totals == totals.min()], self.high - self.low).copy(), int(totals.min())
+        if self.method == "line":
+            found = self._lines(weights, probe, least)
+        else:
+            found = (self._grid if len(self.low) <= 2 else self._coordinates)(weights)
+            if self.totals(found[None], weights)[0] > least:  # a coarse grid stepped over it
+                found = probe
         self.done()
         return found
 
-    def _lines(self, weights: Ints) -> Floats:
-        totals = self.probed_totals(weights)
-        point, least = _middle(self.probes[totals == totals.min()], self.high - self.low).copy(), int(totals.min())
+    def _lines(self, weights: Ints, point: Floats, least: int) -> Floats:
         since = 0  # lines since the last gain: a whole round without one is the end
         for step in range(_SWEEPS * len(point)):
             d = step % len(point)
