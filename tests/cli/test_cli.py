@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from duolect.recognize.presets import PRESETS
 from duolect.recognize.recognizer import Recognizer
@@ -22,6 +24,8 @@ from duolect.scorer import read_hypotheses
 from duolect.search.rescore import rescored
 from duolect.vocabulary import load_vocabulary
 from tests.arpa import write_arpa
+from tests.hub import hub
+from tests.models.test_ctc import hugging_face
 from tests.recognize.conftest import TEXTS
 
 
@@ -380,6 +384,28 @@ def test_a_speech_llm_recognizes_by_its_folder_alone(duolect, zoo, tmp_path):
     parts = ["--hypotheses", tmp_path / "sllm-greedy.jsonl", "--out", tmp_path / "lm.jsonl", "--lm", zoo["sllm"], "--name", "lm"]
     assert duolect("rescore", *parts, "--device", "cpu")[0] == 0
     assert all("lm" in h.parts for line in read_hypotheses(tmp_path / "lm.jsonl") for h in line.nbest)
+
+
+@pytest.mark.slow
+def test_two_models_of_the_hub_by_their_names(zoo, tmp_path):
+    """Any CTC model and any LM, by the real clients over HTTP from a hub on this machine; then without it, from their cache."""
+    hugging_face(tmp_path / "models" / "owner" / "hear", Wav2Vec2Config, Wav2Vec2ForCTC, "layer")
+    shutil.copytree(zoo["llm"], tmp_path / "models" / "owner" / "speak")
+    load_vocabulary(zoo["llm"]).tokenizer.save_pretrained(tmp_path / "models" / "owner" / "speak")
+    command = [sys.executable, "-m", "duolect", "transcribe", zoo["corpus"] / "u0.wav", "--format", "json", "--lm", "owner/speak", "--am"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+
+    def run(am, address):
+        return subprocess.run([*map(str, command), am], env={**environment, "HF_ENDPOINT": address}, capture_output=True, text=True)
+
+    with hub(tmp_path) as address:
+        first = run("owner/hear", address)
+        assert first.returncode == 0, first.stderr
+        assert {"ctc", "llm"} == set(json.loads(first.stdout)["nbest"][0]["parts"])
+        wrong = run("owner/heer", address)
+        assert wrong.returncode == 2 and "owner/heer: no folder here, and the hub does not give it" in wrong.stderr
+    again = run("owner/hear", address)
+    assert again.returncode == 0 and json.loads(again.stdout)["nbest"] == json.loads(first.stdout)["nbest"], again.stderr
 
 
 def test_what_a_speech_llm_needs_is_said(duolect, zoo, tmp_path):

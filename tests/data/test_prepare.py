@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from duolect.data.filter import DataError
 from duolect.data.prepare import PrepareError, check, plan, prepare
 from duolect.data.sources import SourceError, open_source
 from duolect.data.utterance import load_audio, stored_bytes
+from tests.hub import hub
 
 
 @pytest.fixture(autouse=True)
@@ -471,6 +474,25 @@ def test_a_remote_file_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.Mo
     failures += [OSError("gone")] * 9
     with pytest.raises(SourceError, match=r"cannot be read \(gone\)"):
         list(part.records())
+
+
+@pytest.mark.slow
+def test_loquacious_comes_from_the_hub_as_from_a_clone_of_it(tmp_path: Path) -> None:
+    """By the real clients, over HTTP, from a hub on this machine."""
+    clone = loquacious(tmp_path / "datasets" / "speechbrain" / "LoquaciousSet")
+    command = [sys.executable, "-m", "duolect", "prepare", "--workers", "2", "--out"]
+    with hub(tmp_path) as address:
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        for name in ("small/train", "small/test"):
+            done = subprocess.run(
+                [*command, str(tmp_path / "hub"), f"speechbrain/LoquaciousSet:{name}"], env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == (0 if name == "small/train" else 2), done.stderr
+    assert "has no such split: it has train, dev" in done.stderr
+    run([f"{clone}:small/train"], tmp_path / "local")
+    assert len(lines_of(tmp_path / "hub")) == 9 and lines_of(tmp_path / "hub") == lines_of(tmp_path / "local")
+    audio = {name: data for name, data in contents(tmp_path / "hub").items() if name.endswith(".tar")}
+    assert audio and audio.items() <= contents(tmp_path / "local").items()
 
 
 def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -447,6 +447,18 @@ def test_a_hub_that_is_out_of_reach_is_said_at_once(models, monkeypatch, kind):
     assert time.monotonic() - begin < 4
 
 
+def test_a_hub_that_breaks_while_a_model_comes_is_a_line(zoo, monkeypatch):
+    class Disconnected(Exception):
+        """As HTTP clients have them: of no built-in kind."""
+
+    def broken(*_, **__):
+        raise Disconnected("server\ndisconnected")
+
+    monkeypatch.setattr("duolect.recognize.models.load_acoustic_model", broken)
+    with pytest.raises(ModelError, match=r"cannot be loaded \(Disconnected: server disconnected\): try again"):
+        Models(say=lambda text: None).acoustic(str(zoo["am"]))
+
+
 IN_STEP = {"every 3": Every(3), "word end": AtWordEnd(), "end": AtEnd()}
 
 

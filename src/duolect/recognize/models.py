@@ -105,7 +105,13 @@ class Models:
             self.say(
                 f"reading {key[2]} prior of {key[1]}" if key[0] == "prior" else f"loading {key[0]}{' model' * (key[0] in KINDS)} {key[1]}"
             )
-            self._loaded[key] = load()
+            try:
+                self._loaded[key] = load()
+            except (ValueError, RuntimeError, OSError):
+                raise
+            except Exception as error:  # of the hub's HTTP client, whichever it is, or of a model that transformers does not know
+                cause = " ".join(str(error).split())[:200]
+                raise ModelError(f"{key[1]}: cannot be loaded ({type(error).__name__}: {cause}): try again, or name a folder") from error
         return self._loaded[key]
 
 
