@@ -10,7 +10,7 @@ import pytest
 
 from duolect import __version__
 from duolect.config import digest, registered
-from duolect.run import RunError, open_run, source, write_json
+from duolect.run import RunError, alone, open_run, source, write_json
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,14 @@ def opened(path: Path, recipe: Recipe | None = None) -> Path:
 
 def starts_of(run: Path) -> list[dict[str, Any]]:
     return json.loads((run / "env.json").read_text())["starts"]
+
+
+def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
+    with alone(tmp_path / "run"), pytest.raises(RunError, match="run: another process is at work in it"), alone(tmp_path / "run"):
+        pass
+    with alone(tmp_path / "run"):
+        assert list((tmp_path / "run").iterdir()) == [], "nothing that a new run folder may not have"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_new_folder_says_what_runs_and_with_what(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -101,6 +102,35 @@ def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm[Any
     terminal = sys.stderr.isatty()
     when = {"mininterval": 0.5, "smoothing": 0.05} if terminal else {"mininterval": 30.0, "delay": 15.0, "smoothing": 0.05}
     return tqdm(items, **{**when, **options})
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask for it out of a folder, which is made, and not left empty; the system lets go when this one ends.
+
+    RunError where another is at work.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(place)
+        raise RunError(f"{folder}: another process is at work in it: wait for it, end it, or name another folder") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(place)
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def environment(*, device: str, seed: int) -> dict[str, Any]:

@@ -14,6 +14,13 @@ from tests.recipes.test_language import text, units
 __all__ = ["sources", "text", "units"]
 
 
+def test_a_text_is_not_written_over(duolect, tmp_path):
+    (tmp_path / "t.txt").write_text("Some text here\n")
+    for command in (["lm", "text", tmp_path / "t.txt", "--out"], ["lm", "ppl", "--lm", "x", "--text", tmp_path / "t.txt", "--json"]):
+        code, _, err = duolect(*command, tmp_path / "t.txt")
+        assert code == 2 and "is what is to be read" in err and (tmp_path / "t.txt").read_text() == "Some text here\n"
+
+
 def test_the_command_line(text: Path, units: Path, sources: dict[str, Path], tmp_path: Path, duolect) -> None:
     quick = ["training.epochs=null", "training.steps=2", "training.precision=fp32", "training.schedule.steps=1", "learning.checked=4"]
     common = ["--text", text, "--check", text, "--set", *quick]

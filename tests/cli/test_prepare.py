@@ -43,6 +43,33 @@ def test_prepare_and_check(duolect: Any, tmp_path: Path) -> None:
     assert code == 1 and said.startswith(f"{out}/audio-00001.tar: has SHA-256 e3b0c44298fc, expected ")
 
 
+def test_units_do_not_spoil_a_model(duolect: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("ab abba\nba ab\nbab ab ab\n" * 9)
+    command = ("units", tmp_path / "t.txt", "--size", 12, "--out", tmp_path / "u")
+    assert duolect(*command)[0] == 0
+    before = (tmp_path / "u" / "sentencepiece.model").read_bytes()
+    code, _, err = duolect(*command[:3], 14, *command[4:])
+    assert code == 2 and "holds a model or units already (vocabulary.json)" in err
+    assert (tmp_path / "u" / "sentencepiece.model").read_bytes() == before
+
+
+def test_synthesize_says_what_it_spoke(duolect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.txt").write_text("a sentence of six words here\n" * 9)
+    told: dict[str, Any] = {}
+
+    def spoken(text: Path, out: Path, **options: Any) -> dict[str, float]:
+        told.update(options, text=text, out=out)
+        return {"flite_rms": 0.5, "piper_joe": 0.0}
+
+    monkeypatch.setattr("duolect.recipes.synthesize.synthesize", spoken)
+    command = ("synthesize", tmp_path / "t.txt", "--out", tmp_path / "s", "--hours", 0.5)
+    code, said, _ = duolect(*command, "--voices", "flite_rms", "piper_joe")
+    assert code == 0 and said == f"{tmp_path / 's'}/manifest.jsonl: flite_rms 0.50 h\n"
+    assert told["voices"] == {"flite_rms": 1.0, "piper_joe": 1.0} and told["hours"] == 0.5
+    assert "voice 'flite' is unknown, is flite_" in duolect(*command, "--voices", "flite")[2]
+    assert "--hours 0: expected more than 0" in duolect(*command[:-1], 0)[2]
+
+
 def test_failures_give_exit_code_one(duolect: Any, tmp_path: Path) -> None:
     source = corpus(tmp_path / "in")
     (source / "3.flac").write_text("no audio")

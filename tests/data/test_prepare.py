@@ -28,6 +28,7 @@ from duolect.data.filter import DataError
 from duolect.data.prepare import PrepareError, check, plan, prepare
 from duolect.data.sources import SourceError, open_source
 from duolect.data.utterance import load_audio, stored_bytes
+from duolect.run import RunError, alone
 from tests.hub import hub
 
 
@@ -411,15 +412,10 @@ def test_a_disk_that_fills_up_is_said_and_it_continues(tmp_path: Path, monkeypat
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    import fcntl
-
     tree, out = librispeech(tmp_path), tmp_path / "out"
-    with open(tmp_path / "out.lock", "w"):
-        planned = plan([str(tree)], out)
-        with open(out / "plan.json") as other:
-            fcntl.flock(other, fcntl.LOCK_EX)
-            with pytest.raises(PrepareError, match="another `duolect prepare` is at work"):
-                prepare(planned)
+    planned = plan([str(tree)], out)
+    with alone(out), pytest.raises(RunError, match="another process is at work in it"):
+        prepare(planned)
     prepare(planned)
 
 

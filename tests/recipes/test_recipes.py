@@ -60,7 +60,7 @@ GOLDEN = {
     "librispeech_aed": "83f77ffec6",
     "librispeech_aed_base": "f9623beb7d",
     "loquacious_aed": "4f5baea8c4",
-    "continued": "f6dd38ee57",
+    "continued": "58e7c174a8",
     "speech_llm": "a14fea0676",
     "loquacious_speech_llm": "8b31ba721d",
 }
@@ -144,6 +144,20 @@ def test_an_aed_goes_on_to_the_bit_after_a_stop(data: Path, tmp_path: Path, monk
     assert isinstance(AedModel.load(tmp_path / "resumed" / "model"), AedModel)
     with pytest.raises(RunError, match=r"training\.steps: 6 -> 7"):
         run(replace(aed, training=replace(aed.training, steps=7)), tmp_path / "resumed", world=World())
+
+
+def test_continued_goes_on_with_the_whole_model_as_it_is(data: Path, parts: dict[str, Path], tmp_path: Path) -> None:
+    source = AedModel(CtcModel.load(parts["ctc"]), DecoderDims.of(layers=1, dim=16))
+    source.save(tmp_path / "aed", card="", dtype=torch.float32)
+    made = RECIPES["continued"]([str(data)], [], "")
+    with pytest.raises(TrainError, match="continued goes on with a trained model: name it, --set start="):
+        run(made, tmp_path / "none", world=World())
+    assert not (tmp_path / "none").exists()
+    still = replace(QUICK, learning_rates=dict.fromkeys(RATES, 0.0), steps=1, weight_decay=0.0)
+    run(replace(made, training=still, start=str(tmp_path / "aed"), max_share_lost=0.9), tmp_path / "run", world=World())
+    found = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert found.keys() == source.weights().keys()
+    assert all(torch.allclose(x.float(), found[name].float(), atol=1e-3) for name, x in source.weights().items() if "running" not in name)
 
 
 @pytest.fixture(scope="module")

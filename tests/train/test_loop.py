@@ -201,6 +201,21 @@ def test_a_finished_run_is_not_trained_on(tmp_path: Path, capsys: pytest.Capture
     assert f"{tmp_path} goes on at update 10, epoch 2\n" in capsys.readouterr().err
 
 
+def test_of_equal_figures_the_newer_weights_are_kept(tmp_path: Path) -> None:
+    class Flat(Line):
+        def validate(self, rank: int, world: int) -> Mapping[str, Ratio]:
+            return {"WER": Ratio(100.0, 1.0)}
+
+    train(Flat(), replace(CONFIG, validate_every=2, keep_best=2), tmp_path)
+    assert sorted(path.stem for path in (tmp_path / "checkpoints").iterdir()) == ["step-6", "step-8"]
+
+
+@pytest.mark.parametrize("name", ["epochs", "steps", "seconds"])
+def test_a_run_without_an_end_above_zero_is_refused_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is -1, expected > 0"):
+        replace(CONFIG, **{name: -1})
+
+
 def test_nan_stops_with_the_batch_on_disk(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match=r"update 1, epoch 0: the losses are error nan.*the batch is in .*lower the learning rate"):
         train(Line(poison=11), CONFIG, tmp_path)

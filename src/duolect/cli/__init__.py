@@ -43,6 +43,7 @@ def main() -> None:
         "report": report.report,
         "prepare": preparation.prepare,
         "units": preparation.units,
+        "synthesize": preparation.synthesize,
         "train": training.train,
         "study": study.study,
         "fusion": study.fusion,
@@ -68,7 +69,7 @@ def main() -> None:
         code = tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description=ABOUT, sort_subcommands=False, args=words)
     except KeyboardInterrupt:
         to_files = words[:1] == ["transcribe"] and any(word.split("=")[0] == "--out" for word in words)
-        resuming = {"decode", "rescore", "compare", "prepare", "train", "study", "fusion", "finetune"}
+        resuming = {"decode", "rescore", "compare", "prepare", "train", "study", "fusion", "finetune", "synthesize"}
         goes_on = to_files or not resuming.isdisjoint(words[:1])
         print("\nduolect: stopped" + "; the same command continues what was not finished" * goes_on, file=sys.stderr)
         code = 130

@@ -93,7 +93,7 @@ def text(
     from duolect.data.text import HeldOut, TextLines, as_said
 
     at_least(3, run=run)
-    writable("--out", out)
+    writable("--out", out, inputs=[*sources, *without])
     tested = HeldOut((as_said(line) for path in without for line in TextLines(path)), run=run)
     read, same, near, words = 0, 0, 0, 0
     kept: list[str] = []
@@ -146,7 +146,7 @@ def ppl(
     from duolect.run import progress_bar, write_json
 
     at_least(1, limit=limit, batch=batch)
-    writable("--json", json)
+    writable("--json", json, inputs=text)
     models = Models(device=device_of(device), precision=precision)
     sources = {str(path): TextLines(path) for path in text}
     if empty := [path for path, lines in sources.items() if not len(lines)]:

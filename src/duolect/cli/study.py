@@ -24,7 +24,7 @@ def study(
 ) -> int:
     """Trains several speech LLMs that differ in one thing and recognizes with each: one table; the same command goes on.
 
-    Example: duolect study attention --train train.jsonl --test dev.jsonl --set llm.model=duolect-unit-lm training.steps=400
+    Example: duolect study attention --train train.jsonl --test dev.jsonl --set training.seconds=600
 
     Args:
         table: attention (prefix, merged, cross), learning (at rest, LoRA, whole), downsampling (concat 1-4x, conv, by CTC label), prompts,

@@ -53,7 +53,7 @@ def train(
         train: Speech with transcripts: manifests, folders, LibriSpeech trees, folders that `duolect prepare` made.
         dev: Validation sets, the same kinds; the first decides which weights are best.
         text: Text that units are made of; default: the training transcripts.
-        options: Training.
+        options: Training. --set start=<run>/model begins with the weights of another model where they fit, whatever its heads and layers.
     """
     from duolect.recipes.asr import RECIPES
     from duolect.recipes.experiment import run
@@ -67,8 +67,10 @@ def train(
 def trained(plain: Any, run: Callable[..., Any], out: Path, options: RunOptions) -> int:
     """Runs (or shows) an experiment with its deviations and says how good the model became."""
     import json
+    from contextlib import nullcontext
 
     from duolect.config import diff, to_json, with_overrides
+    from duolect.run import alone
     from duolect.train.parallel import join
 
     experiment = with_overrides(plain, pairs(options.set, such_as="training.epochs=20"))
@@ -77,7 +79,8 @@ def trained(plain: Any, run: Callable[..., Any], out: Path, options: RunOptions)
         return 0
     writable("--out", out, folder=True)
     world = join("shard" if options.shard else "replicate", options.device)
-    figures = run(experiment, out, world=world, mirror=options.mirror, deviations=diff(plain, experiment))
+    with alone(out) if world.first else nullcontext():
+        figures = run(experiment, out, world=world, mirror=options.mirror, deviations=diff(plain, experiment))
     if world.first:
         print(": ".join(filter(None, (str(out / "model"), ", ".join(f"{name} {value:.2f}" for name, value in figures.items())))))
     return 0

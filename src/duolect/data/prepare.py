@@ -6,7 +6,6 @@ audio-00012.json, both renamed when they are whole. So a killed run continues, a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -31,7 +30,7 @@ from duolect.audio.io import SAMPLE_RATE, AudioError, AudioWarning, read_audio
 from duolect.data.corpora import Part, Record, open_corpus
 from duolect.data.filter import DataError, Skipped, require_share, write_lines
 from duolect.data.sources import MANIFEST
-from duolect.run import write_json
+from duolect.run import alone, write_json
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -111,11 +110,7 @@ def prepare(
 
     Raises DataError where more than that share is lost, PrepareError where it cannot go on; the same call then continues.
     """
-    with open(plan.out / PLAN, "rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise PrepareError(f"{plan.out}: another `duolect prepare` is at work there: wait for it, or end it") from error
+    with alone(plan.out):
         for part in plan.out.glob("*.part"):  # of a killed run
             part.unlink(missing_ok=True)
         lost: list[Skipped] = []

@@ -146,7 +146,7 @@ class SpeechLlm(FolderModel, AttentionModel):
             llm.gradient_checkpointing_enable({"use_reentrant": False})
         begin = vocabulary.encode(dims.begin) if dims.begin else [vocabulary.bos]
         if len(begin) != 1:
-            raise ModelError(f"begin={dims.begin!r} is {len(begin)} labels of the language model, expected one, such as a line break")
+            raise ModelError(f"begin={dims.begin!r} is {len(begin)} labels of the language model, expected one (nothing: its bos)")
         self.begin = begin[0]
         self.prompts, self.takes_context = self.prompts_with(()), CONTEXT in dims.before + dims.after
 

@@ -21,6 +21,9 @@ from duolect.models.speech_llm import SpeechLlm, Trainable
 BY_LABEL = re.compile(r"decoder\.(embedding|aux\.\d+\.1)\.")
 """Weights whose rows are labels of the main vocabulary, the CTC heads aside."""
 
+LEAST = 0.05
+"""Share of a source's weights, those of a language model aside, below which a warm start is a mistake."""
+
 PART = re.compile(r"(\w+\.layers\.\d+|aux\.\d+|decoder\.aux\.\d+|\w+(\.\w+)?)\.\w+")
 """What a report sums weights up by."""
 
@@ -48,7 +51,7 @@ def warm_start(model: Trainable, folder: str | Path) -> WarmStart:
     """Sets the model's weights to those of the same name, shape and meaning in a model folder of ours, and reports.
 
     A CTC head is known by the layer it hears and by its vocabulary, so the main head of 16 layers becomes the auxiliary one at layer 16 of
-    18. Layers that the source lacks stay as they are. ModelError where nothing fits.
+    18. Layers that the source lacks stay as they are. ModelError where (nearly) nothing fits.
     """
     if isinstance(model, SpeechLlm) and model.dims.encoder == "lora":
         raise ModelError("a warm start of an encoder with low-rank paths: name the encoder's model itself, --set encoder.model=<folder>")
@@ -82,9 +85,9 @@ def warm_start(model: Trainable, folder: str | Path) -> WarmStart:
         else:
             own[target].copy_(x)
             loaded.append(target)
-    if not loaded:
+    if sum(own[name].numel() for name in loaded) <= LEAST * sum(x.numel() for name, x in state.items() if not name.startswith("llm.")):
         why = ", ".join(f"{reason} ({n})" for reason, n in Counter(skipped.values()).most_common(2))
-        raise ModelError(f"{folder}: nothing of it fits the model: {why or 'it is empty'}: name a checkpoint of a similar model")
+        raise ModelError(f"{folder}: nearly nothing of it fits the model: {why or 'it is empty'}: name a checkpoint of a similar model")
     return WarmStart(tuple(loaded), skipped, tuple(name for name in own if name not in set(loaded)))
 
 

@@ -107,12 +107,17 @@ def loquacious_aed(sources: Sequence[str], checks: Sequence[str], text: str) -> 
 
 
 def continued(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperiment:
-    """Two more epochs for a trained AED (`--set start=...`) at 1e-5 (paper: 5e-6, 1e-5, 2e-5): the fair rival of a speech LLM."""
+    """Two more epochs for a trained model (`--set start=...`) at 1e-5 (paper: 5e-6, 1e-5, 2e-5): the fair rival of a speech LLM."""
     experiment = loquacious_aed(sources, checks, text)
     schedule = Piecewise(((0.0, 0.01), (0.05, 1.0), (0.9, 0.01), (1.0, 0.01)))
     rates = dict.fromkeys(experiment.training.learning_rates, 1e-5)
     return replace(
-        experiment, recipe="continued", training=replace(experiment.training, learning_rates=rates, epochs=2.0, schedule=schedule)
+        experiment,
+        recipe="continued",
+        training=replace(experiment.training, learning_rates=rates, epochs=2.0, schedule=schedule),
+        encoder=FromModel(""),
+        heads=(),
+        decoder=None,
     )
 
 

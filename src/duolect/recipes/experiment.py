@@ -28,6 +28,7 @@ from duolect.models.hf_encoder import HuggingFaceEncoder
 from duolect.models.lm import load_language_model
 from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims
 from duolect.models.warm_start import warm_start
+from duolect.recognize.models import place_of
 from duolect.run import open_run, write_json
 from duolect.train.asr import AsrTask, Corpus, Learning
 from duolect.train.checkpoint import STATE, TrainError
@@ -63,7 +64,9 @@ class FromWhisper:
 @registered
 @dataclass(frozen=True)
 class FromModel:
-    """Encoder, CTC heads and units of a model of ours, by name or folder; or the encoder alone of one of transformers (folder, hub id)."""
+    """Encoder, CTC heads and units of a model of ours, by name or folder; or the encoder alone of one of transformers (folder, hub id).
+
+    Nothing named: the model that the experiment starts with, its decoder too."""
 
     model: str = "duolect-ctc"
 
@@ -127,23 +130,24 @@ def run(
         raise TrainError(
             f"attention={how} uses layers of the language model outside of its forward pass, which shards cannot: leave --shard out"
         )
-    made = _encoder(experiment.encoder)  # before the folder: a wrong name leaves none
+    whole = _start(experiment) if experiment.encoder == FromModel("") else None
+    made = whole if whole is not None else _encoder(experiment.encoder)  # before the folder: a wrong name leaves none
     if world.first:
         _open(experiment, out, world, deviations)
     world.barrier()
-    if isinstance(made, CtcModel):
-        ctc = made
+    if isinstance(made, CtcModel | AedModel):
+        ctc = made if isinstance(made, CtcModel) else made.ctc
     else:
         vocabulary = _units(experiment, out, world)
         ctc = CtcModel(made, vocabulary, aux=dict.fromkeys(experiment.heads, vocabulary))
-    model = ctc if experiment.decoder is None else AedModel(ctc, experiment.decoder)
+    model = whole or (ctc if experiment.decoder is None else AedModel(ctc, experiment.decoder))
     if experiment.llm is not None:
         model = _speech_llm(experiment, experiment.llm, ctc, named=isinstance(made, CtcModel))
-    if experiment.start:
-        report = warm_start(model, experiment.start)
+    if experiment.start and whole is None:
+        report = warm_start(model, resolve(experiment.start))
         world.say(str(report))
-    corpora, held = _corpora(experiment, ctc, out, world)
     checks = {name: _check_set(name, source, ctc, experiment, out, world) for name, source in experiment.checks.items()}
+    corpora, held = _corpora(experiment, ctc, out, world)
     if held:
         checks.setdefault("held-out", held)
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or rest) / 1e6 for rest in (True, False))
@@ -231,7 +235,7 @@ def _speech_llm(experiment: AsrExperiment, part: LlmPart, ctc: CtcModel, *, name
     """The speech LLM of an experiment; its folder leaves out what rests and can be had by name (named: so can the CTC model)."""
     if experiment.decoder is not None:
         raise TrainError("an experiment has a decoder or an llm, not both: --set decoder=null")
-    llm, vocabulary = load_language_model(resolve(part.model))
+    llm, vocabulary = load_language_model(place_of(part.model, "language"))
     if not part.dims.pretrained:
         llm = type(llm)(llm.config)
     if part.heads:
@@ -242,6 +246,14 @@ def _speech_llm(experiment: AsrExperiment, part: LlmPart, ctc: CtcModel, *, name
     # A folder is found again from any other one.
     sources = {part: str(Path(name).resolve()) if Path(name).exists() else name for part, name in sources.items()}
     return SpeechLlm(ctc, llm, vocabulary, part.dims, sources=sources)
+
+
+def _start(experiment: AsrExperiment) -> CtcModel | AedModel:
+    """The model that an experiment goes on with as it is."""
+    if not experiment.start:
+        raise TrainError(f"{experiment.recipe} goes on with a trained model: name it, --set start=<run>/model")
+    place = Path(resolve(experiment.start))
+    return AedModel.load(place) if read_config(place).get("type") == "aed" else CtcModel.load(place)
 
 
 def _encoder(config: ConformerDims | FromWhisper | FromModel) -> Encoder | CtcModel:

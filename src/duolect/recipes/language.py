@@ -17,6 +17,7 @@ from duolect.data.text import TextLines
 from duolect.models.embedded import resolve
 from duolect.models.finetuned import Learns, LmDims, Written, fitted, save_fitted
 from duolect.models.lm import load_language_model
+from duolect.recognize.models import place_of
 from duolect.run import open_run, write_json
 from duolect.train.checkpoint import TrainError
 from duolect.train.language import LmTask, TextLearning
@@ -138,7 +139,7 @@ def run(
 def _model(experiment: LmExperiment, units: SentencePieceVocabulary | None) -> tuple[PreTrainedModel, Vocabulary, str]:
     """(the model before it learns, its vocabulary, the name that a folder of what learned finds it by)."""
     if isinstance(experiment.model, str):
-        place = resolve(experiment.model)
+        place = place_of(experiment.model, "language")
         llm, vocabulary = load_language_model(place)
         if not experiment.dims.pretrained:
             llm = type(llm)(llm.config)

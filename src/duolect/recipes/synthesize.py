@@ -2,12 +2,11 @@
 
 A line has one voice, one speed and one place in a shuffled order, whatever the number of kills and workers: every
 beginning of the manifest is a fair sample, on which training may start while the rest is being spoken.
-From a shell: `python -m duolect.recipes.synthesize sentences.txt corpus/ --hours 30`.
+From a shell: `duolect synthesize sentences.txt --out corpus --hours 30`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -209,12 +208,3 @@ def _entries(file: Path) -> list[dict]:
 
 def _at_16k(audio: np.ndarray, rate: float) -> Audio:
     return np.asarray(audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE), np.float32)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Speak the lines of a text in several voices; resumable.")
-    parser.add_argument("text_file", type=Path)
-    parser.add_argument("out_folder", type=Path)
-    parser.add_argument("--hours", type=float, required=True)
-    parser.add_argument("--workers", type=int, default=1)
-    print(synthesize(**vars(parser.parse_args())))

@@ -145,6 +145,8 @@ def place_of(name: str, kind: str) -> str:
             guess = f"did you mean {near[0]}?" if near else "name one of them"
             raise ModelError(f"{name}: is no embedded model ({', '.join(named)}), no folder, no hub id (owner/name): {guess}")
         _require_hub(name)
+    if (Path(name) / "recipe.json").is_file() and (Path(name) / "model").is_dir():
+        raise ModelError(f"{name}: is the folder of a run: name the model in it, {Path(name) / 'model'}")
     what, embedded = KINDS[kind]
     found = next((k for k, (_, names) in KINDS.items() if name in names.split(", ")), None) or _kind(resolve(name))
     if found not in (kind, None):

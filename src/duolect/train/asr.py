@@ -356,7 +356,7 @@ class AsrTask(Task[Heard, AsrBatch]):
             batches = batches_by_seconds([x.seconds for x in items], batch_seconds=CHECK_SECONDS)
             mine = shares(batches, rank, world)
             found = [part for batch, counts in mine for part in [self._check([items[i] for i in batch])] if counts]
-            names = sorted({key for part in found for key in part}, key=lambda key: key != "WER")
+            names = sorted({key for part in found for key in part}, key=lambda key: (key != "WER", key))
             for key in names:
                 parts = [part[key] for part in found if key in part]
                 figures[f"{name} {key}"] = replace(parts[0], sum=sum(p.sum for p in parts), count=sum(p.count for p in parts))

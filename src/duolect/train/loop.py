@@ -34,6 +34,8 @@ from duolect.train.optim import Average, Schedule, WarmUp, adamw, set_rates
 from duolect.train.parallel import Numbers, World, computing, whole
 from duolect.train.task import Batch, Place, Ratio, Task
 
+RESULT = "result.json"
+
 
 @registered
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class TrainConfig:
         for name in ("log_every", "validate_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected >= 1")
+        for name in ("epochs", "steps", "seconds"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} is {value}, expected > 0")
         if odd := sorted(self.learns.keys() - self.learning_rates.keys()):
             raise ValueError(f"learns names {', '.join(odd)}, which have no learning rate: they are {', '.join(self.learning_rates)}")
 
@@ -147,6 +152,9 @@ def train(
         if place.step == begun > 0 and world.first:
             what = f"is finished: its model is {folder / 'model'}" if done else f"goes on at update {place.step}, epoch {place.epoch}"
             monitor.say(f"{folder} {what}")
+        if done and place.step == begun and (folder / RESULT).is_file():
+            found = json.loads((folder / RESULT).read_text())
+            return {name: value for name, value in found.items() if name not in ("step", "weights")}
         if done:
             break
         share = config.schedule.share(place.step, run.progress(place, per_epoch))
@@ -271,7 +279,9 @@ def _keep(run: _Run, place: Place, figures: Mapping[str, float]) -> None:
     if not run.config.keep_best or not figures:
         return
     name = f"checkpoints/step-{place.step}.safetensors"
-    ranked = dict(sorted({**run.best, name: _watched(run, figures)}.items(), key=lambda pair: pair[1])[: run.config.keep_best])
+    # Of equal ones the newer: where every WER is 100% the losses still fall.
+    order = sorted({**run.best, name: _watched(run, figures)}.items(), key=lambda pair: (pair[1], -int(Path(pair[0]).stem.split("-")[1])))
+    ranked = dict(order[: run.config.keep_best])
     if name in ranked:
         weights = learned_of(run.task.model)
         if run.world.first:
@@ -312,7 +322,7 @@ def _finish(run: _Run, place: Place) -> dict[str, float]:
         set_learned(run.task.model, last)
     if run.world.first:
         run.task.save(run.folder / "model", weights, note=f"{_note(place)}; weights: {chosen}")
-        (run.folder / "result.json").write_text(json.dumps({"step": place.step, "weights": chosen, **figures}, indent=1) + "\n")
+        (run.folder / RESULT).write_text(json.dumps({"step": place.step, "weights": chosen, **figures}, indent=1) + "\n")
     run.world.barrier()
     return figures
 
