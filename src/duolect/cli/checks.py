@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import UseAppendAction, arg
+
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def at_least(least: int, **options: int | None) -> None:
@@ -18,8 +20,11 @@ def at_least(least: int, **options: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
 
 
-def writable(option: str, path: Path | None, *, folder: bool = False, inputs: Iterable[Path] = ()) -> None:
-    """Raises ValueError unless a file (or files in a folder) can be written at the path, which is none of the inputs; makes nothing."""
+def writable(option: str, path: Path | None, *, folder: bool = False, inputs: Iterable[Path] = (), kinds: Sequence[str] = ()) -> None:
+    """Raises ValueError unless a file (or files in a folder) can be written at the path, which is none of the inputs; makes nothing.
+
+    kinds: the endings that the file's name may have.
+    """
     if path is None:
         return
     if path.exists() and any(x.exists() and x.samefile(path) for x in inputs):
@@ -27,6 +32,8 @@ def writable(option: str, path: Path | None, *, folder: bool = False, inputs: It
     if path.exists() and path.is_dir() != folder:
         expected = "a folder: name a folder" if folder else "a file: name a file in it"
         raise ValueError(f"{option} {path}: is a {'file' if folder else 'folder'}, expected {expected}, existing or new")
+    if kinds and path.suffix.lower() not in kinds:
+        raise ValueError(f"{option} {path}: expected a name that ends in {', '.join(kinds)}")
     place = path if folder else path.absolute().parent
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):

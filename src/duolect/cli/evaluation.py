@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from duolect.cli.checks import at_least, writable
+from duolect.cli.checks import PICTURES, at_least, writable
 from duolect.cli.options import recognized_in
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def tune(
     if not 0 < largest < inf:
         raise ValueError(f"--largest {largest:g}: expected a number above 0")
     writable("--out", out, inputs=[hypotheses])
-    writable("--plot", plot, inputs=[hypotheses])
+    writable("--plot", plot, inputs=[hypotheses], kinds=PICTURES)
     if plot is not None:
         figure_class()
     lines = recognized_in(hypotheses)

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from duolect.cli.checks import writable
+from duolect.cli.checks import PICTURES, writable
 
 
 def report(
     what: Positional[Literal["attention"]],
     /,
-    model: Path,
     audio: Path,
+    model: str = "duolect-sllm",
     text: str | None = None,
     heads: tuple[str, ...] = (),
     out: Path = Path("attention.png"),
@@ -27,8 +27,8 @@ def report(
 
     Args:
         what: attention: maps of chosen layers and heads, over prompt, audio and text.
-        model: Folder of a speech LLM.
         audio: A recording no longer than the model hears at once.
+        model: Speech LLM: an embedded name or a folder.
         text: The transcript; default: what the model itself recognizes (greedy).
         heads: layer:head, both from 1; default: the three with the most attention on audio, the very first position left out.
         out: The PNG to write.
@@ -38,13 +38,14 @@ def report(
     from duolect.cli.options import device_of
     from duolect.evaluate.plots import attention_panels, figure_class
     from duolect.models.attention_maps import attention_maps
+    from duolect.models.embedded import resolve
     from duolect.models.speech_llm import SpeechLlm
     from duolect.run import write_json
 
-    writable("--out", out)
+    writable("--out", out, inputs=[audio], kinds=PICTURES)
     figure_class()
     samples = read_audio(audio)
-    network = SpeechLlm.load(model, device=device_of(device))
+    network = SpeechLlm.load(resolve(model), device=device_of(device))
     there = len(network.layers), int(network.llm.config.get_text_config(decoder=True).num_attention_heads)
     chosen = [_layer_head(named, there) for named in dict.fromkeys(heads)]
     text, labels = _transcript(network, samples, text)
@@ -60,7 +61,7 @@ def report(
     attention_panels(panels, axes=axes, title=f"{audio.name}: {text}", path=out)
     table = {name: share.astype(float).round(4).tolist() for name, share in shares.items()}
     shown = [f"{layer}:{head}" for layer, head in chosen]
-    found = {"model": str(model), "audio": str(audio), "text": text, "heads": shown, "share_by_layer_and_head": table}
+    found = {"model": model, "audio": str(audio), "text": text, "heads": shown, "share_by_layer_and_head": table}
     write_json(out.with_suffix(".json"), found)
     print(f"{out}, {out.with_suffix('.json')}: layer:head {' '.join(shown)}")
     return 0
