@@ -44,11 +44,11 @@ def test_prepare_and_check(duolect: Any, tmp_path: Path) -> None:
 
 
 def test_units_do_not_spoil_a_model(duolect: Any, tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("ab abba\nba ab\nbab ab ab\n" * 9)
-    command = ("units", tmp_path / "t.txt", "--size", 12, "--out", tmp_path / "u")
+    (tmp_path / "t.txt").write_text("\n".join(SENTENCES))
+    command = ("units", tmp_path / "t.txt", "--size", 28, "--out", tmp_path / "u")
     assert duolect(*command)[0] == 0
     before = (tmp_path / "u" / "sentencepiece.model").read_bytes()
-    code, _, err = duolect(*command[:3], 14, *command[4:])
+    code, _, err = duolect(*command[:3], 27, *command[4:])
     assert code == 2 and "holds a model or units already (vocabulary.json)" in err
     assert (tmp_path / "u" / "sentencepiece.model").read_bytes() == before
 
@@ -138,5 +138,5 @@ def test_units(duolect: Any, tmp_path: Path) -> None:
     assert vocabulary.size == 29 and vocabulary.decode(vocabulary.encode(SENTENCES[0])) == SENTENCES[0]
     (tmp_path / "text.txt").write_text("\n".join(SENTENCES))
     assert duolect("units", tmp_path / "text.txt", "--size", 28, "--case", "upper", "--out", tmp_path / "upper")[0] == 0
-    code, _, err = duolect("units", tmp_path / "text.txt", "--size", 3000, "--out", tmp_path / "upper")
+    code, _, err = duolect("units", tmp_path / "text.txt", "--size", 3000, "--out", tmp_path / "many")
     assert code == 2 and "3000 pieces cannot be made of 3 sentences" in err and len(err.splitlines()) == 1

@@ -153,7 +153,7 @@ def test_the_best_weights_and_their_mean_are_tried(tmp_path: Path) -> None:
     task = Worse()
     figures = train(task, replace(CONFIG, validate_every=2, keep_best=2, watch="odd"), tmp_path)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["step-2.safetensors", "step-4.safetensors"]  # figures 1 and 0, the first of equals
+    assert kept == ["step-4.safetensors", "step-6.safetensors"]  # figures 0 and 1, the newer of equals
     assert torch.equal(read_weights(tmp_path / "checkpoints" / "step-4.safetensors")[0]["0.weight"], seen[2])
     assert torch.equal(load_file(tmp_path / "model" / "weights.safetensors")["0.weight"], task.model[0].weight)  # after trying others
     assert figures == {"odd": 3.0} and json.loads((tmp_path / "result.json").read_text())["weights"] == "last"
@@ -249,10 +249,9 @@ def test_no_room_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert task.heard == []
 
 
-@pytest.mark.parametrize("steps", [None, 0])
-def test_a_run_without_end_is_refused(tmp_path: Path, steps: int | None) -> None:
-    with pytest.raises(TrainError, match=f"a run needs an end above 0: epochs None, steps {steps}"):
-        train(Line(), replace(CONFIG, steps=steps), tmp_path)
+def test_a_run_without_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="a run needs an end: epochs, steps or seconds"):
+        train(Line(), replace(CONFIG, steps=None), tmp_path)
 
 
 def test_the_time_budget_ends_the_run(tmp_path: Path) -> None:

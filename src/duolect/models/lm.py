@@ -74,8 +74,6 @@ def load_language_model(name: str | Path, *, dtype: Precision = "float32") -> tu
         return load_fitted(Path(name), load_language_model(resolve(read_config(Path(name))["source"]), dtype=dtype))
     if str(name).endswith(NGRAM_FILES):
         raise ModelError(f"{name}: is an n-gram, expected a causal language model of transformers: name smollm2-135m, a folder or a hub id")
-    if not (Path(name) / "config.json").is_file() and (Path(name) / "model" / "config.json").is_file():
-        raise ModelError(f"{name}: is the folder of a training run: name {Path(name) / 'model'}")
     source = _located(name)
     with loading(name, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa")

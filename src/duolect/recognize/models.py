@@ -139,6 +139,8 @@ def place_of(name: str, kind: str) -> str:
     """The folder or hub id of a model of a kind (see KINDS), pulled if need be. Raises ModelError for what is none or out of reach."""
     name, mark, head = name.partition("#")  # of the acoustic model `folder#4`
     named = [*SHIPPED_MODELS, *MODELS]
+    if name.endswith(NGRAM_FILES):
+        return name  # whoever cannot use one says so
     if name not in named and not Path(name).exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             near = difflib.get_close_matches(name, named, n=1)
@@ -146,7 +148,7 @@ def place_of(name: str, kind: str) -> str:
             raise ModelError(f"{name}: is no embedded model ({', '.join(named)}), no folder, no hub id (owner/name): {guess}")
         _require_hub(name)
     if (Path(name) / "recipe.json").is_file() and (Path(name) / "model").is_dir():
-        raise ModelError(f"{name}: is the folder of a run: name the model in it, {Path(name) / 'model'}")
+        raise ModelError(f"{name}: is the folder of a training run: name {Path(name) / 'model'}")
     what, embedded = KINDS[kind]
     found = next((k for k, (_, names) in KINDS.items() if name in names.split(", ")), None) or _kind(resolve(name))
     if found not in (kind, None):

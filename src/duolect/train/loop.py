@@ -123,9 +123,8 @@ def train(
     for a loss that is not finite, and for a folder that is too small or belongs to another configuration.
     """
     folder, world = Path(folder), world or World()
-    ends = [x for x in (config.epochs, config.steps, config.seconds) if x is not None]
-    if not ends or min(ends) <= 0:
-        raise TrainError(f"a run needs an end above 0: epochs {config.epochs}, steps {config.steps}, seconds {config.seconds}: set one")
+    if config.epochs is None and config.steps is None and config.seconds is None:
+        raise TrainError("a run needs an end: epochs, steps or seconds: set one")
     if world.first:
         check_room(folder, task.model, copies=8 + config.keep_best)
     torch.manual_seed(config.seed)
