@@ -287,7 +287,8 @@ class SpeechLlm(FolderModel, AttentionModel):
             **self.ctc.settings(),
             "type": "speech_llm",
             "dims": to_json(self.dims),
-            "llm": self.llm.config.to_dict(),
+            # Without the place on the machine it came from.
+            "llm": {name: value for name, value in self.llm.config.to_dict().items() if name != "_name_or_path"},
             "sources": self.sources,
             "language": self.vocabulary.digest(),
             "max_seconds": self.max_seconds,
