@@ -16,6 +16,7 @@ FLOOR = {
     **dict.fromkeys(("train", "recognize"), 2),
     **dict.fromkeys(("recipes", "study"), 3),
     **dict.fromkeys(("cli", "serve"), 4),
+    "__main__": 5,
 }
 SIDEWAYS = {("models", "audio"), ("data", "audio"), ("models", "data"), ("study", "recipes")}
 """Arrows that are allowed between rooms of one floor."""

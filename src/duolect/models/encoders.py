@@ -165,7 +165,7 @@ def require_layers(taps: Sequence[int], depth: int, *, first: int = 1) -> None:
     """Raises ValueError unless every tap is a layer number in first .. depth."""
     for layer in taps:
         if not first <= layer <= depth:
-            raise ValueError(f"layer {layer} is to be tapped (heads), but only {first} .. {depth} can be: of another rate, or none")
+            raise ValueError(f"layer {layer} is to be tapped, but only {first} .. {depth} can be: of another rate, or none")
 
 
 def stack_frames(frames: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
