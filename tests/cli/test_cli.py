@@ -672,3 +672,44 @@ def test_score_says_what_is_torn_few_or_of_others(duolect, tmp_path):
     assert code == 2 and "many and h were not scored on the same utterances: 20 only in many (0, 1, 2, ...), 2 only in h (a, b)" in err
     before = (tmp_path / "h.jsonl").read_bytes()
     assert duolect("score", tmp_path / "h.jsonl", "--json", tmp_path / "h.jsonl")[0] == 2 and (tmp_path / "h.jsonl").read_bytes() == before
+
+
+def test_what_a_file_holds_is_known_or_refused(duolect, zoo, with_models, tmp_path):
+    out = tmp_path / "a.jsonl"
+    command = ["decode", "--data", zoo["corpus"], "--out", out, *with_models, "--decoding", "ctc"]
+    assert duolect(*command, "--limit", "3")[0] == 0 and len(list(read_hypotheses(out))) == 3
+    assert "3 of 7 utterances are done" in duolect(*command)[2] and len(list(read_hypotheses(out))) == 7
+    for options in (["score", out, "--json"], ["tune", "--hypotheses", out, "--out"]):
+        for name, expected in (("a.jsonl.json", "is where a hypotheses file keeps"), ("m.jsonl", "expected a name that ends in .json")):
+            code, _, err = duolect(*options, tmp_path / name)
+            assert code == 2 and expected in err
+    # Of another system's file that guard wrote in its place, nobody says it is CTC's.
+    lines = [
+        {"id": line.id, "audio_filepath": str(zoo["corpus"] / f"{line.id}.wav"), "text": "a", "pred_text": "ab"}
+        for line in read_hypotheses(out)
+    ]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    guarded = ["guard", "--hypotheses", tmp_path / "other.jsonl", "--out", out, "--am", zoo["am"], "--device", "cpu"]
+    assert duolect(*guarded)[0] == 2 and duolect(*guarded, "--overwrite")[0] == 0
+    code, _, err = duolect(*command)
+    assert code == 2 and "results of other settings" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--decoding", "delayed", "--set", "terms.llm.scale=inf"], "the scale of llm is inf"),
+        (["--device", "foo"], "--device foo: expected auto, cpu, cuda"),
+        (["--context", "{corpus}/u0.wav"], "u0.wav: is not UTF-8: expected a text with a phrase a line"),
+    ],
+)
+def test_more_mistakes_get_one_line(duolect, zoo, with_models, tmp_path, words, expected):
+    models = with_models[:-2] if "--device" in words else with_models
+    filled = [word.format(corpus=zoo["corpus"]) for word in words]
+    code, _, err = duolect("decode", "--data", zoo["corpus"], "--out", tmp_path / "x.jsonl", *models, *filled)
+    assert code == 2 and expected in err and "Traceback" not in err
+
+
+def test_a_speech_llm_that_is_named_is_used(duolect, zoo, with_models):
+    code, _, err = duolect("transcribe", zoo["corpus"] / "u0.wav", *with_models, "--speech-llm", zoo["sllm"])
+    assert code == 0 and "scales sllm" in err

@@ -27,7 +27,7 @@ def test_report_draws_chosen_heads(report, tmp_path: Path) -> None:
     code, said, _ = report("--text", "Ab, abba!", "--heads", "2:1", "1:2", "--out", out)
     assert code == 0 and str(out) in said and "2:1 1:2" in said
     assert out.read_bytes().startswith(b"\x89PNG")
-    written = json.loads(out.with_suffix(".json").read_text())
+    written = json.loads(Path(f"{out}.json").read_text())
     assert written["text"] == "ab abba" and written["heads"] == ["2:1", "1:2"]
     for name in ("audio", "audio_but_first", "own_word"):
         share = np.array(written["share_by_layer_and_head"][name])
@@ -37,7 +37,7 @@ def test_report_draws_chosen_heads(report, tmp_path: Path) -> None:
 def test_report_recognizes_itself_and_chooses_heads(report, zoo: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "maps.png"
     assert report("--out", out)[0] == 0
-    written = json.loads(out.with_suffix(".json").read_text())
+    written = json.loads(Path(f"{out}.json").read_text())
     share = np.array(written["share_by_layer_and_head"]["audio_but_first"])
     assert [share[tuple(int(n) - 1 for n in head.split(":"))] for head in written["heads"]] == sorted(share.ravel(), reverse=True)[:3]
     assert report("--out", tmp_path / "none.png", "--text", "")[0] == 0, "a transcript without words has maps too"

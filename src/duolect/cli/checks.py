@@ -32,6 +32,8 @@ def writable(option: str, path: Path | None, *, folder: bool = False, inputs: It
     if path.exists() and path.is_dir() != folder:
         expected = "a folder: name a folder" if folder else "a file: name a file in it"
         raise ValueError(f"{option} {path}: is a {'file' if folder else 'folder'}, expected {expected}, existing or new")
+    if path.suffixes[-2:] == [".jsonl", ".json"]:
+        raise ValueError(f"{option} {path}: is where a hypotheses file keeps what made it: name another file")
     if kinds and path.suffix.lower() not in kinds:
         raise ValueError(f"{option} {path}: expected a name that ends in {', '.join(kinds)}")
     place = path if folder else path.absolute().parent

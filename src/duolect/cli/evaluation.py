@@ -47,7 +47,7 @@ def score(
     if not hypotheses:
         raise ValueError("name at least one hypotheses file")
     at_least(0, errors=errors)
-    writable("--json", json, inputs=hypotheses)
+    writable("--json", json, inputs=hypotheses, kinds=[".json"])
     merge_compounds = compounds == "merged"
     scores = {}
     for path in hypotheses:
@@ -114,7 +114,7 @@ def tune(
     at_least(0, seed=seed)
     if not 0 < largest < inf:
         raise ValueError(f"--largest {largest:g}: expected a number above 0")
-    writable("--out", out, inputs=[hypotheses])
+    writable("--out", out, inputs=[hypotheses], kinds=[".json"])
     writable("--plot", plot, inputs=[hypotheses], kinds=PICTURES)
     if plot is not None:
         figure_class()

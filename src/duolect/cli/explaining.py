@@ -58,7 +58,7 @@ def explain(
     from duolect.recognize.files import read_settings
     from duolect.run import write_json
 
-    writable("--json", json, inputs=[hypotheses])
+    writable("--json", json, inputs=[hypotheses], kinds=[".json"])
     ranking = models.scales if models.scales is not None and models.scales.is_file() else None
     line = _line(recognized_in(hypotheses), id, hypotheses)
     made = {} if decoding else read_settings(hypotheses)

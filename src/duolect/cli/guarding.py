@@ -49,6 +49,8 @@ def guard(
         data: The manifest or folder that was recognized, where its audio paths start there.
         overwrite: Replace an output that is there.
     """
+    from duolect.recognize.files import read_settings
+    from duolect.run import write_json
     from duolect.scorer import write_hypotheses
 
     writable("--out", out, inputs=[hypotheses, *([data] if data else [])])
@@ -72,6 +74,8 @@ def guard(
     failures += [f"{r.id}: {r.error}" for r in anew.values() if r.error is not None]
     done = [_guarded(line, policy, *verdicts[id], anew.get(id)) if id in verdicts else line for id, line in lines.items()]
     write_hypotheses(out, done)
+    said = {"am": models.am, "policy": policy, "decoding": decoding if policy == "rejoint" else None}
+    write_json(f"{out}.json", {**read_settings(hypotheses), "guarded": said})
     if policy != "off":
         _say(suspects, list(lines.values()), done, data or hypotheses)
     return report(failures, done)

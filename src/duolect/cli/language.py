@@ -146,7 +146,7 @@ def ppl(
     from duolect.run import progress_bar, write_json
 
     at_least(1, limit=limit, batch=batch)
-    writable("--json", json, inputs=text)
+    writable("--json", json, inputs=text, kinds=[".json"])
     models = Models(device=device_of(device), precision=precision)
     sources = {str(path): TextLines(path) for path in text}
     if empty := [path for path, lines in sources.items() if not len(lines)]:

@@ -107,10 +107,11 @@ def recognizer_for(
 def of_one_folder(options: ModelOptions) -> ModelOptions:
     """The options with --model spelled out by what its folder says it is."""
     from duolect.models.ctc import read_config
+    from duolect.models.embedded import resolve
 
     if not options.model:
         return options
-    kind = read_config(Path(options.model)).get("type")
+    kind = read_config(Path(resolve(options.model))).get("type")
     if kind not in ("ctc", "aed", "speech_llm"):
         raise ValueError(f"--model {options.model}: its config.json says {kind}, expected ctc, aed or speech_llm: use --am, --lm, --aed")
     return replace(options, am=options.model, **({} if kind == "ctc" else {kind: options.model}))
@@ -125,6 +126,8 @@ def _chosen(decoding: str, options: ModelOptions, models: Any) -> str:
         return decoding
     if options.model:
         return "sllm+ctc-label" if options.speech_llm == options.model else "aed+ctc-label" if options.aed == options.model else "delayed"
+    if options.speech_llm != ModelOptions.speech_llm:
+        return "sllm+ctc-label"
     if len(options.lm) > 1:
         return "--fusion auto"
     try:
@@ -166,7 +169,11 @@ def _phrases(named: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in named:
         there = is_file("--context", name, means_one=os.sep in name or name.endswith((".txt", ".tsv", ".csv")))
-        for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines() if there else [name], start=1):
+        try:
+            lines = Path(name).read_text(encoding="utf-8").splitlines() if there else [name]
+        except UnicodeDecodeError:
+            raise ValueError(f"--context {name}: is not UTF-8: expected a text with a phrase a line") from None
+        for number, line in enumerate(lines, start=1):
             phrase, _, weight = line.partition("\t")
             try:
                 found |= {phrase: float(weight or 1.0)} if phrase.strip() else {}
@@ -215,6 +222,10 @@ def device_of(name: str) -> str:
     import torch
 
     if name != "auto":
+        try:
+            torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"--device {name}: expected auto, cpu, cuda, cuda:1 or another device of torch") from None
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device {name} was asked for, but torch sees no CUDA device here: use --device cpu, and see `duolect doctor`")
         return name

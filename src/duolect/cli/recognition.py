@@ -122,6 +122,7 @@ def decode(
     fusion: Fusion | None = None,
     set: Settings = (),
     keep: int | None = None,
+    limit: int | None = None,
     words: bool = False,
     overwrite: bool = False,
 ) -> int:
@@ -138,22 +139,24 @@ def decode(
         fusion: How the models of --am and --lm are joined, in place of --decoding (see `duolect transcribe --help`).
         set: Changes fields of the decoding: --set beam=16 terms.llm.scale=0.3
         keep: At most so many hypotheses a line.
+        limit: Only the first so many utterances.
         words: Also times and confidences of the words.
         overwrite: Replace an output that is there by other settings; one by the same is continued, or finished.
     """
     from duolect.recognize.files import decode_to_files
 
-    at_least(1, keep=keep)
+    at_least(1, keep=keep, limit=limit)
     writable("--out", out, inputs=[data])
     failures: list[str] = []
     source = source_of(data, failures)
     if source is None:
         return report(failures)
-    warn = [u.fields for u in source.utterances]
+    utterances = source.utterances[:limit]
+    warn = [u.fields for u in utterances]
     recognizer = recognizer_for(
         models, {"it": _joined(decoding, fusion)}, overrides=pairs(set, such_as="beam=16"), word_times=words, warn=warn
     )
-    lines = decode_to_files(recognizer, source.utterances, {"it": out}, keep=keep, overwrite=overwrite)["it"]
+    lines = decode_to_files(recognizer, utterances, {"it": out}, keep=keep, overwrite=overwrite)["it"]
     say_score(lines, data)
     return report([*failures, *(f"{r.id}: {r.error}" for r in lines if r.error is not None)], lines)
 

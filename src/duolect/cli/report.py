@@ -31,7 +31,7 @@ def report(
         model: Speech LLM: an embedded name or a folder.
         text: The transcript; default: what the model itself recognizes (greedy).
         heads: layer:head, both from 1; default: the three with the most attention on audio, the very first position left out.
-        out: The PNG to write.
+        out: The PNG to write; <out>.json beside it holds the shares.
         device: auto, cpu, cuda, ...
     """
     from duolect.audio.io import read_audio
@@ -62,8 +62,8 @@ def report(
     table = {name: share.astype(float).round(4).tolist() for name, share in shares.items()}
     shown = [f"{layer}:{head}" for layer, head in chosen]
     found = {"model": model, "audio": str(audio), "text": text, "heads": shown, "share_by_layer_and_head": table}
-    write_json(out.with_suffix(".json"), found)
-    print(f"{out}, {out.with_suffix('.json')}: layer:head {' '.join(shown)}")
+    write_json(f"{out}.json", found)
+    print(f"{out}, {out}.json: layer:head {' '.join(shown)}")
     return 0
 
 

@@ -212,7 +212,7 @@ def written(recognized: Recognized, form: Format) -> str:
     if form == "txt":
         return recognized.text + "\n"
     if form == "json":
-        return json.dumps(recognized.to_json(), ensure_ascii=False, indent=1) + "\n"
+        return json.dumps(recognized.to_json(), ensure_ascii=False) + "\n"
     words = [Word(**w) for w in recognized.extra.get("words", ())]
     if form == "ctm":
         name = recognized.id.replace(" ", "_")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -190,4 +191,8 @@ def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[
         if ingredients.context_scale and not isinstance(decoding, Speculative):
             terms["context"] = Context(ingredients.context, ingredients.context_scale)
         decoding = replace(decoding, terms=terms)
-    return with_overrides(decoding, overrides) if overrides else decoding
+    decoding = with_overrides(decoding, overrides) if overrides else decoding
+    for name, scale in decoding.scales().items():
+        if not math.isfinite(scale):
+            raise ConfigError(f"{name_or_file}: the scale of {name} is {scale}, expected a number")
+    return decoding
