@@ -16,8 +16,8 @@ from duolect.scorer import Hypothesis
 from duolect.search.fusion import NEG, Fused, Pending, SearchError, weighted
 from duolect.vocabulary import Vocabulary
 
-LONGEST_LOOP = 8
-"""Labels of a repeated stretch that `looping` looks for."""
+LONGEST_LOOP = 24
+"""Labels of a repeated stretch that `looping` looks for: a sentence."""
 
 
 @dataclass(frozen=True)
