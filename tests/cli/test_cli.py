@@ -245,7 +245,7 @@ def test_compare_continues_and_leaves_out_what_does_not_fit(duolect, zoo, tmp_pa
     shutil.copytree(zoo["am"], tmp_path / "am")
     (tmp_path / "am" / "priors.safetensors").unlink()
     foreign = ["--am", tmp_path / "am", "--lm", zoo["llm"], "--unit-lm", zoo["llm"], "--device", "cpu", "--beam", "3", "--nbest", "3"]
-    command = ["compare", "--data", zoo["corpus"], *foreign, "--out", tmp_path / "out"]
+    command = ["compare", "--data", zoo["corpus"], *foreign, "--speech-llm", zoo["sllm"], "--out", tmp_path / "out"]
     names = {name: preset for name, preset in PRESETS.items() if "aed" not in name}
     monkeypatch.setattr("duolect.recognize.presets.PRESETS", names)
     code, _, err = stopped_after(2, duolect, command, monkeypatch)
