@@ -153,6 +153,7 @@ def test_continued_goes_on_with_the_whole_model_as_it_is(data: Path, parts: dict
     with pytest.raises(TrainError, match="continued goes on with a trained model: name it, --set start="):
         run(made, tmp_path / "none", world=World())
     assert not (tmp_path / "none").exists()
+    assert all(p.requires_grad for p in AedModel.load(tmp_path / "aed").parameters()), "and all of it learns"
     still = replace(QUICK, learning_rates=dict.fromkeys(RATES, 0.0), steps=1, weight_decay=0.0)
     run(replace(made, training=still, start=str(tmp_path / "aed"), max_share_lost=0.9), tmp_path / "run", world=World())
     found = load_file(tmp_path / "run" / "model" / "model.safetensors")

@@ -217,7 +217,8 @@ def rescore(
     there = growing.there
     done = there[: len(there) if len(there) == len(lines) else len(there) // batch * batch]
     if growing.found == out:
-        print(f"{out}: finished already: nothing to rescore", file=sys.stderr)
+        by = "".join(f" ({change})" for change in growing.older)
+        print(f"{out}: finished already{by}: nothing to rescore", file=sys.stderr)
         say_score(there, hypotheses)
         return 0
     if done:

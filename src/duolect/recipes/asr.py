@@ -50,7 +50,7 @@ def mini(sources: Sequence[str], checks: Sequence[str], text: str) -> AsrExperim
     Sources from hard to easy: real speech, heard whole in every epoch; then synthesized voices, a third of each. The last one (best of a
     single voice) is heard from the start, the one before it two epochs later, and so on; the first epoch goes from short utterances to
     long ones. That, few and short units and a CTC head half-way up are what leaves the plateau of blanks within four hours of speech heard;
-    without them 18 did not (docs/LOG.md). 75 minutes of a shared core ended at 78% WER, still falling (docs/RESULTS.md).
+    without them 18 did not (docs/LOG.md). Two hours of a core ended at 72% WER, 65% jointly (docs/RESULTS.md).
     """
     dims = ConformerDims.of(layers=8, dim=144, kernel=15, channels=(16, 32, 32), subsampling=4, dropout=0.05, attention_dropout=0.0)
     speech = Augmentation(noise_chance=0.2, spec=SpecAugment(ramp=(3000, 8000, 10**9)))

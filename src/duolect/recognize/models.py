@@ -119,7 +119,7 @@ def state_of(name: str) -> str:
     """A model's name or, for a file or folder, its path and when its weights and config were last written: other weights, another state."""
     place = Path(name.partition("#")[0])
     files = [x for x in (place, *place.glob("*")) if x.is_file() and x.name != PRIORS_FILE]
-    if not files or name in {**SHIPPED_MODELS, **MODELS}:
+    if not files or name in SHIPPED_MODELS or name in MODELS:
         return name
     return f"{place.resolve()} {max(x.stat().st_mtime_ns for x in files)}"
 

@@ -151,7 +151,7 @@ def train(
         if place.step == begun > 0 and world.first:
             what = f"is finished: its model is {folder / 'model'}" if done else f"goes on at update {place.step}, epoch {place.epoch}"
             monitor.say(f"{folder} {what}")
-        if done and place.step == begun and (folder / RESULT).is_file():
+        if done and place.step == begun and world.size == 1 and (folder / RESULT).is_file():  # other nodes may not see the file
             found = json.loads((folder / RESULT).read_text())
             return {name: value for name, value in found.items() if name not in ("step", "weights")}
         if done:
