@@ -65,3 +65,13 @@ def test_columns_that_say_nothing_are_left_out():
 def test_systems_on_other_utterances_are_refused():
     with pytest.raises(ScoreError, match="not scored on the same utterances"):
         rows({"a": scored(1), "b": score({"a": "x"}, {"a": "x"}, normalizer=NONE)})
+
+
+def test_utterances_that_run_away_are_counted():
+    hypotheses = {k: "a b c d e " * 2 if i < 4 else "a b c d e f g h i" if i < 8 else v for i, (k, v) in enumerate(REFERENCES.items())}
+    ran, still = score(REFERENCES, hypotheses, normalizer=NONE), scored(1)
+    assert (ran.runaways, still.runaways) == (4, 0)
+    text = plain_table(rows({"still": still, "ran": ran}))
+    assert "runaway %" in text.splitlines()[0] and "10.0" in text.splitlines()[3]
+    assert "runaway" not in plain_table(rows({"still": still}))
+    assert json_table(rows({"ran": ran}))["rows"][0]["runaways"] == 4

@@ -46,8 +46,8 @@ def train(
     Example: duolect train mini --train real/manifest.jsonl synth/manifest.jsonl --dev dev/manifest.jsonl --out runs/mini
 
     Args:
-        recipe: tiny (two minutes, the demo by heart), mini (Conformer CTC + AED of 30 h), whisper_top and then whisper_ctc (CTC on
-            Whisper base), speech_llm (of embedded models, for CPUs), librispeech_aed, librispeech_aed_base, loquacious_aed, continued,
+        recipe: tiny (two minutes, the demo by heart), mini (Conformer CTC + AED of 30 h), whisper_ctc (CTC on Whisper
+            base), speech_llm (of embedded models, for CPUs), librispeech_aed, librispeech_aed_base, loquacious_aed, continued,
             loquacious_speech_llm (of the paper).
         out: Run folder; default: runs/<recipe>.
         train: Speech with transcripts: manifests, folders, LibriSpeech trees, folders that `duolect prepare` made.

@@ -86,6 +86,7 @@ def _cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         ("S", lambda row: str(row.score.errors.substitutions)),
         ("D", lambda row: str(row.score.errors.deletions)),
         ("I", lambda row: str(row.score.errors.insertions)),
+        ("runaway %", lambda row: f"{100 * row.score.runaways / len(row.score.utterances):.1f}" if row.score.runaways else ""),
         ("words", lambda row: str(row.score.errors.words)),
         *((name, partial(_domain_cell, name)) for name in domains),
         ("failed", lambda row: str(len(row.score.failed)) if row.score.failed else ""),
@@ -124,6 +125,8 @@ def _footnotes(table: Sequence[Row], quote: str) -> list[str]:
         notes.append("RTF: seconds of compute per second of audio.")
     if any(row.against_first is not None for row in table):
         notes.append(f"vs first: WER points against {table[0].system!r}, paired bootstrap on the same utterances; p two-sided.")
+    if any(row.score.runaways for row in table):
+        notes.append("runaway: utterances with insertions for half of the reference's words or more, five at least.")
     if any(len(row.score.utterances) < FEW for row in table):
         notes.append(f"fewer than {FEW} utterances: neither rates nor intervals say much.")
     for row in table:

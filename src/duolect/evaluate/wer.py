@@ -17,6 +17,7 @@ from duolect.evaluate.normalize import Normalizer
 from duolect.run import source
 from duolect.scorer import Recognized
 
+RUNAWAY, RUNAWAY_LEAST = 0.5, 5  # insertions of an utterance that ran away: share of the reference's words, and how many at least
 _GAP = ""  # kaldialign's sign for nothing; words are never empty
 
 
@@ -89,6 +90,12 @@ class Score:
     def rtf(self) -> float | None:
         """Seconds of compute per second of audio; None where either is unknown."""
         return self.seconds / self.audio_seconds if self.seconds and self.audio_seconds else None
+
+    @property
+    def runaways(self) -> int:
+        """Utterances whose hypothesis ran on: insertions for half of the reference's words or more, five at least."""
+        counts = ((u.errors.insertions, u.errors.words) for u in self.utterances)
+        return sum(inserted >= max(RUNAWAY_LEAST, RUNAWAY * words) for inserted, words in counts)
 
     def __str__(self) -> str:
         e, interval = self.errors, f" {self.interval}" if self.interval else ""
@@ -249,6 +256,7 @@ def score_json(result: Score) -> dict[str, Any]:
     return {
         **of(result.errors, result.interval), "sentence_error_rate": result.sentence_error_rate, "utterances": len(result.utterances),
         "failed": list(result.failed), "empty_references": list(result.empty_references), "signature": result.signature,
+        "runaways": result.runaways,
         "domains": {k: {**of(d.errors, d.interval), "utterances": d.utterances} for k, d in result.domains.items()},
         "seconds": result.seconds or None, "audio_seconds": result.audio_seconds, "rtf": result.rtf,
     }  # fmt: skip

@@ -190,7 +190,7 @@ class AedScorer(AudioScorer):
     def __init__(self, aed: AedModel, encoded: Encoded) -> None:
         decoder, vocabulary = aed.decoder, aed.vocabulary
         output = OutputLayer(decoder.embedding.weight.detach())
-        super().__init__(output, vocabulary, prompt=[vocabulary.bos], heard=decoder.heard(encoded.frames))
+        super().__init__(output, vocabulary, prompt=[vocabulary.bos], heard=decoder.heard(encoded.frames[..., : aed.ctc.encoder.dim]))
         self.decoder, self.real = decoder, frame_mask(encoded.lengths, encoded.frames.shape[1])
 
     def _hidden(self, trie: Trie, new: NewNodes) -> Tensor:

@@ -21,7 +21,9 @@ from duolect.audio.io import SAMPLE_RATE
 from duolect.models import ModelError, loading
 from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoded, Encoder, encoder_from_settings, require_layers, stack_frames
+from duolect.models.extended import ExtendedEncoder
 from duolect.models.hf_encoder import LONGEST, output_lengths, seconds_per_frame, unheard_padding
+from duolect.models.spotter import CopyingHead, Spotter, SpottingEncoder
 from duolect.models.windows import BATCH_SECONDS, Window, Windowing
 from duolect.run import write_tensors
 from duolect.vocabulary import CharacterVocabulary, TokenizerVocabulary, Vocabulary, load_vocabulary
@@ -114,13 +116,16 @@ class CtcModel(FolderModel, AcousticModel):
         self.encoder, self.vocabulary, self.stack = encoder, vocabulary, stack
         self.window_seconds = min(window_seconds, encoder.max_seconds)
         self.seconds_per_frame = encoder.seconds_per_frame * stack
-        self.head = nn.Linear(encoder.dim * stack, vocabulary.size)
+        spotter = spotter_of(encoder)
+        if spotter is not None and stack != 1:
+            raise ModelError(f"stack is {stack}, but what a spotter names belongs to one frame: set stack=1")
+        texts = () if spotter is None else spotter.texts
+        self.head = CopyingHead(encoder.dim, vocabulary, texts) if texts else nn.Linear(encoder.dim * stack, vocabulary.size)
         self.aux = nn.ModuleDict({str(n): nn.Linear(encoder.dim * stack, v.size) for n, v in self.aux_vocabularies.items()})
 
     def forward(self, features: Tensor, lengths: Tensor) -> CtcOutput:
         """The main head's log-probs of features [B, F, mels] no longer than the encoder's max_seconds."""
-        encoded = self.encoder(features, lengths)
-        return self._heard(self.head, encoded.frames, encoded.lengths)
+        return self.of_encoded(self.encoder(features, lengths)).main
 
     def heads(self, features: Tensor, lengths: Tensor, *, hidden: Tensor | None = None) -> Heads:
         """All heads' log-probs, for training; hidden: bool [B, F, mels], what SpecAugment hides."""
@@ -129,11 +134,19 @@ class CtcModel(FolderModel, AcousticModel):
     def of_encoded(self, encoded: Encoded) -> Heads:
         """The log-probs of all heads whose layers were tapped."""
         aux = {n: self._heard(self.aux[str(n)], encoded.taps[n], encoded.lengths) for n in self.aux_vocabularies if n in encoded.taps}
-        return Heads(self._heard(self.head, encoded.frames, encoded.lengths), aux, encoded)
+        main = self._heard(self.head, encoded.frames, encoded.lengths)
+        return Heads(main, aux, replace(encoded, frames=encoded.frames[..., : self.encoder.dim]))
 
     def _heard(self, head: nn.Module, frames: Tensor, lengths: Tensor) -> CtcOutput:
         frames, lengths = stack_frames(frames, lengths, self.stack)
-        return CtcOutput(head(frames).float().log_softmax(-1), lengths)
+        logits = head(frames)
+        return CtcOutput(logits if isinstance(head, CopyingHead) else logits.float().log_softmax(-1), lengths)
+
+    def named(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a state dict by their names in a model folder; what rests and the encoder's source has anyway is left out."""
+        given = _given(self.encoder)
+        resting = {name for name, p in self.named_parameters() if given and name.startswith(given) and not p.requires_grad}
+        return {name: x for name, x in state.items() if name not in resting}
 
     def place(self, device: str) -> None:
         self.to(device)
@@ -187,7 +200,10 @@ class CtcModel(FolderModel, AcousticModel):
         place = folder
         while source := read_config(place).get("sources", {}).get("ctc"):  # of a speech LLM whose encoder rested
             place = Path(resolve(source))
-        load_weights(model.weights(), place, ignore=("decoder.", "adapter.", "cross.", "audio_head.", "llm."))
+        others = ("decoder.", "adapter.", "cross.", "audio_head.", "llm.")
+        load_weights(model.state_dict(), place, ignore=others, given=_given(model.encoder))
+        if spotter := spotter_of(model.encoder):
+            spotter.merge()
         return model if head is None else model.ending_at(head)
 
     @classmethod
@@ -242,19 +258,36 @@ def save_model(
     write_tensors(folder / "model.safetensors", moved, metadata={"format": "pt"})
 
 
-def load_weights(weights: Mapping[str, Tensor], folder: Path, *, ignore: tuple[str, ...] = ()) -> None:
-    """Sets a model's own tensors, by name, to those in a model folder; names that begin with one of `ignore` are left out. ModelError."""
+def load_weights(weights: Mapping[str, Tensor], folder: Path, *, ignore: tuple[str, ...] = (), given: str = "") -> None:
+    """Sets a model's own tensors, by name, to those in a model folder. ModelError where not all fit.
+
+    Stored names that begin with one of `ignore` are left out, own ones that begin with `given` may be missing in the folder.
+    """
     path = folder / "model.safetensors"
     try:
         stored = {n: x for n, x in load_file(path).items() if not n.startswith(ignore)}
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{path}: does not fit config.json ({' '.join(str(error).split())[:200]}): copy the folder again") from error
+    weights = {n: x for n, x in weights.items() if n in stored or not (given and n.startswith(given))}
     odd = sorted(n for n in weights.keys() | stored.keys() if n not in weights or n not in stored or weights[n].shape != stored[n].shape)
     if odd:
         raise ModelError(f"{path}: does not fit config.json ({len(odd)} weights, {', '.join(odd[:3])}, ...): copy the folder again")
     with torch.no_grad():
         for name, x in weights.items():
             x.copy_(stored[name])
+
+
+def spotter_of(encoder: Encoder) -> Spotter | None:
+    """The spotter of an encoder, where it has one."""
+    inner = encoder.base if isinstance(encoder, ExtendedEncoder) else encoder
+    return inner.spotter if isinstance(inner, SpottingEncoder) else None
+
+
+def _given(encoder: Encoder) -> str:
+    """What the names of weights begin with that an encoder's source has, empty where it has none."""
+    if spotter_of(encoder) is None:
+        return ""
+    return "encoder.base." if isinstance(encoder, ExtendedEncoder) else "encoder."
 
 
 class HuggingFaceCtc(AcousticModel):

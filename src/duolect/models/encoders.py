@@ -29,9 +29,13 @@ class Encoded:
 
 
 class Encoder(nn.Module, ABC):
-    """Features to frames. A padded batch gives what each utterance gives alone; `depth` is the number of layers."""
+    """Features to frames. A padded batch gives what each utterance gives alone; `depth` is the number of layers.
+
+    aside: so many channels behind the `dim` of a frame are for a CTC head alone.
+    """
 
     dim: int
+    aside: int = 0
     mels: int
     depth: int
     seconds_per_frame: float
@@ -147,7 +151,10 @@ def encoder_from_settings(settings: Mapping[str, object]) -> Encoder:
     from duolect.models.conformer import ConformerDims, ConformerEncoder  # these stand on this file
     from duolect.models.extended import ExtendedEncoder
     from duolect.models.hf_encoder import HuggingFaceEncoder
+    from duolect.models.spotter import SpottingEncoder
 
+    if settings.get("type") == "spotting":
+        return SpottingEncoder.of_settings(settings)
     if settings.get("type") == "huggingface":
         return HuggingFaceEncoder.of_settings(dict(settings))
     fields = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items() if name != "type"}
@@ -158,7 +165,7 @@ def encoder_from_settings(settings: Mapping[str, object]) -> Encoder:
         return ConformerEncoder(ConformerDims(**fields))  # pyright: ignore[reportArgumentType]
     if kind == "extended":
         return ExtendedEncoder.of_settings(fields)
-    raise ValueError(f"encoder type {kind!r} is unknown; known: whisper, conformer, extended, huggingface")
+    raise ValueError(f"encoder type {kind!r} is unknown; known: whisper, spotting, conformer, extended, huggingface")
 
 
 def require_layers(taps: Sequence[int], depth: int, *, first: int = 1) -> None:
@@ -191,7 +198,7 @@ class _Layer(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.self_attn = _Attention(dim, heads)
+        self.self_attn = Attention(dim, heads)
         self.self_attn_layer_norm = nn.LayerNorm(dim)
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
@@ -201,8 +208,8 @@ class _Layer(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
-class _Attention(nn.Module):
-    """Full self-attention; mask [B, 1, 1, T] is true at keys that exist."""
+class Attention(nn.Module):
+    """Whisper's attention, to the frames themselves or to others; mask (broadcast to [B, H, T, K]) is true at keys that are seen."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -210,6 +217,13 @@ class _Attention(nn.Module):
         self.q_proj, self.v_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def projected(self, x: Tensor, others: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x [B, T, D], keys and values of `others` [B, K, D] (x itself): [B, H, T or K, S] each."""
+        heard = x if others is None else others
+        q, k, v = self.q_proj(x), self.k_proj(heard), self.v_proj(heard)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        return q, k, v
+
+    def forward(self, x: Tensor, mask: Tensor, others: Tensor | None = None) -> Tensor:
+        q, k, v = self.projected(x, others)
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))

@@ -35,7 +35,9 @@ class ExtendedEncoder(Encoder):
         super().__init__()
         self.base, self.top_dims = base, dims
         self.dim, self.mels, self.depth = dims.dim, base.mels, base.depth + dims.layers
-        self.seconds_per_frame, self.max_seconds = base.seconds_per_frame * dims.stack, base.max_seconds
+        self.seconds_per_frame, self.max_seconds, self.aside = base.seconds_per_frame * dims.stack, base.max_seconds, base.aside
+        if base.aside and dims.stack != 1:
+            raise ValueError(f"stack is {dims.stack}, but what a spotter names belongs to one frame: set stack=1")
         self.top = Top(base.dim, dims)
 
     def features(self, audio: Tensor) -> Tensor:
@@ -58,11 +60,11 @@ class ExtendedEncoder(Encoder):
 
 
 class Top(nn.Module):
-    """Frames stacked, layer norm, linear, Conformer layers: [B, T, width] to [B, ceil(T / stack), dim]."""
+    """Frames stacked, layer norm, linear, Conformer layers: [B, T, width] to [B, ceil(T / stack), dim]; further channels go past them."""
 
     def __init__(self, width: int, dims: TopDims) -> None:
         super().__init__()
-        self.dims = dims
+        self.dims, self.width = dims, width
         width *= dims.stack
         self.norm, self.linear, self.dropout = nn.LayerNorm(width), nn.Linear(width, dims.dim), TimeDropout(dims.dropout)
         self.layers = nn.ModuleList(ConformerLayer(dims.conformer()) for _ in range(dims.layers))
@@ -70,7 +72,8 @@ class Top(nn.Module):
     def forward(self, encoded: Encoded, *, taps: Sequence[int] = (), below: int = 0) -> Encoded:
         """The frames behind the last layer; taps: layers of this module, from 1, reported `below` higher beside the taps that are there."""
         require_layers(taps, len(self.layers))
-        frames, lengths = stack_frames(encoded.frames, encoded.lengths, self.dims.stack)
+        frames, aside = encoded.frames[..., : self.width], encoded.frames[..., self.width :]
+        frames, lengths = stack_frames(frames, encoded.lengths, self.dims.stack)
         x, mask = self.dropout(self.linear(self.norm(frames))), frame_mask(lengths, frames.shape[1])
         distances = sinusoids(torch.arange(x.shape[1], -x.shape[1], -1, device=x.device), self.dims.dim).to(x.dtype)
         tapped = dict(encoded.taps)
@@ -78,4 +81,5 @@ class Top(nn.Module):
             x = layer(x, mask, distances)
             if number in taps:
                 tapped[below + number] = x * mask[..., None]
-        return Encoded(x * mask[..., None], lengths, tapped)
+        x = x * mask[..., None]
+        return Encoded(torch.cat([x, aside.to(x.dtype)], -1) if aside.shape[-1] else x, lengths, tapped)

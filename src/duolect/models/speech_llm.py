@@ -255,7 +255,8 @@ class SpeechLlm(FolderModel, AttentionModel):
     @torch.no_grad()
     def scorer(self, audios: Sequence[np.ndarray]) -> SpeechLlmScorer:
         encoded = encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds)
-        audio, lengths = self.adapter(encoded, self.ctc.of_encoded(encoded).main, self.embeddings)
+        heads = self.ctc.of_encoded(encoded)
+        audio, lengths = self.adapter(heads.encoded, heads.main, self.embeddings)
         return SpeechLlmScorer(self, audio.to(self.embeddings.weight.dtype), lengths)
 
     def bytes_of(self, *, seconds: float, labels: int) -> int:

@@ -20,13 +20,15 @@ from duolect.data.sources import open_source
 from duolect.models.aed import AedModel
 from duolect.models.attention_decoder import DecoderDims
 from duolect.models.conformer import ConformerDims, ConformerEncoder
-from duolect.models.ctc import CtcModel, read_config
+from duolect.models.ctc import CtcModel, read_config, spotter_of
 from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoder, WhisperEncoder
 from duolect.models.extended import ExtendedEncoder, TopDims
 from duolect.models.hf_encoder import HuggingFaceEncoder
 from duolect.models.lm import load_language_model
+from duolect.models.lora import Lora
 from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims
+from duolect.models.spotter import SpottingEncoder
 from duolect.models.warm_start import warm_start
 from duolect.recognize.models import place_of
 from duolect.run import open_run, write_json
@@ -53,12 +55,15 @@ class Units:
 @dataclass(frozen=True)
 class FromWhisper:
     """Whisper's encoder. merge_after: layers above it run at 25 Hz (None: all at 50); frozen: layers at rest, from below (with the
-    convolutions)."""
+    convolutions). spotter: its decoder is heard, too, at 25 Hz, asked in windows of (back, ahead) frames of 20 ms; it learns in low-rank
+    paths, or all of it where spotter_lora is None."""
 
     whisper: str = "whisper-base"
     merge_after: int | None = 2
     frozen: int = 2
     top: TopDims | None = None
+    spotter: tuple[int, int] | None = None
+    spotter_lora: Lora | None = None
 
 
 @registered
@@ -121,7 +126,7 @@ def run(
     Raises RunError for a folder of another experiment, DataError, ModelError and TrainError.
     """
     torch.manual_seed(experiment.training.seed)
-    known = {"top", "encoder", "decoder", "adapter", "llm"}
+    known = {"top", "spotter", "encoder", "decoder", "adapter", "llm"}
     if odd := experiment.training.learning_rates.keys() - known:
         raise TrainError(f"learning_rates of {', '.join(sorted(odd))}: expected {', '.join(sorted(known))}: correct the name")
     if experiment.learning.kept_versions and experiment.training.workers:
@@ -236,6 +241,8 @@ def _speech_llm(experiment: AsrExperiment, part: LlmPart, ctc: CtcModel, *, name
     if experiment.decoder is not None:
         raise TrainError("an experiment has a decoder or an llm, not both: --set decoder=null")
     llm, vocabulary = load_language_model(place_of(part.model, "language"))
+    if spotter := spotter_of(ctc.encoder):
+        spotter.merge()
     if not part.dims.pretrained:
         llm = type(llm)(llm.config)
     if part.heads:
@@ -265,11 +272,14 @@ def _encoder(config: ConformerDims | FromWhisper | FromModel) -> Encoder | CtcMo
         if kind.get("type") is not None:
             return CtcModel.load(place)
         return WhisperEncoder.from_whisper(place) if kind.get("model_type") == "whisper" else HuggingFaceEncoder.load(place)
-    encoder = WhisperEncoder.from_whisper(resolve(config.whisper), merge_after=config.merge_after)
-    frozen: list[nn.Module] = [encoder.conv1, encoder.conv2, *encoder.layers[: config.frozen]]
-    if config.frozen >= encoder.depth:
-        frozen = [encoder]
-    for module in frozen:
+    if config.spotter is None:
+        encoder = whisper = WhisperEncoder.from_whisper(resolve(config.whisper), merge_after=config.merge_after)
+    else:
+        source = str(Path(config.whisper).resolve()) if Path(config.whisper).exists() else config.whisper  # found from any folder
+        encoder = SpottingEncoder.from_whisper(source, back=config.spotter[0], ahead=config.spotter[1], lora=config.spotter_lora)
+        whisper = encoder.base
+    frozen: list[nn.Module] = [whisper.conv1, whisper.conv2, *whisper.layers[: config.frozen]]
+    for module in [whisper] if config.frozen >= whisper.depth else frozen:
         module.requires_grad_(False)
     return encoder if config.top is None else ExtendedEncoder(encoder, config.top)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duolect.audio.augment import Augmentation, augment_audio, hidden_features, random_for, speed_for
-from duolect.audio.features import HOP
+from duolect.audio.features import HOP, SECONDS_PER_FRAME
 from duolect.audio.io import AudioError
 from duolect.config import registered
 from duolect.data.batching import batches_by_seconds, dealt, shuffled_batches, sub_epoch
@@ -24,7 +24,7 @@ from duolect.data.utterance import Utterance, load_audio
 from duolect.models.aed import AedModel
 from duolect.models.attention_decoder import smoothed_cross_entropy
 from duolect.models.attention_maps import attention_maps
-from duolect.models.ctc import CtcModel, CtcOutput, Heads
+from duolect.models.ctc import CtcModel, CtcOutput, Heads, spotter_of
 from duolect.models.encoders import Encoded, Encoder
 from duolect.models.extended import ExtendedEncoder
 from duolect.models.speech_llm import SpeechLlm, Trainable
@@ -149,10 +149,13 @@ class AsrTask(Task[Heard, AsrBatch]):
         return self._network
 
     def groups(self) -> Mapping[str, nn.Module]:
-        """`top` (heads, layers on top of a pre-trained encoder), the model's other parts, `encoder`."""
-        encoder = self.ctc.encoder
+        """`top` (heads, layers on top of a pre-trained encoder), the model's other parts, `spotter` where there is one, `encoder`."""
+        encoder, spotter = self.ctc.encoder, spotter_of(self.ctc.encoder)
         top = [self.ctc.head, self.ctc.aux, *([encoder.top] if isinstance(encoder, ExtendedEncoder) else [])]
-        return {"top": nn.ModuleList(top), **self.model.parts(), "encoder": encoder}
+        groups: dict[str, nn.Module] = {"top": nn.ModuleList(top), **self.model.parts()}
+        if spotter is not None and any(p.requires_grad for p in spotter.parameters()):
+            groups["spotter"] = spotter
+        return {**groups, "encoder": encoder}
 
     def name_of(self, item: Heard) -> str:
         return item.item.utterance.id
@@ -218,7 +221,7 @@ class AsrTask(Task[Heard, AsrBatch]):
         random = random_for(self.seed, version, utterance.id)
         try:
             if versions and (_place(utterance), version) in self._frames:
-                return self._frames[_place(utterance), version].float(), None, heard.item
+                return self._partly_hidden(self._frames[_place(utterance), version], heard, place), None, heard.item
             others = self.corpora[heard.corpus][1]
             babble = [self._sound(others[i].utterance) for i in random.integers(0, len(others), 4)] if settings.noise_chance else []
             audio = torch.from_numpy(
@@ -229,10 +232,23 @@ class AsrTask(Task[Heard, AsrBatch]):
             return None
         if versions:
             self._frames[_place(utterance), version] = frames = self._encoded(audio).half()
-            return frames.float(), None, heard.item
+            return self._partly_hidden(frames, heard, place), None, heard.item
         spec, mels = settings.spec, self.ctc.encoder.mels
         hidden = None if spec is None else hidden_features(-(-len(audio) // HOP), mels, random, spec, step=place.step)
         return audio, hidden, heard.item
+
+    def _partly_hidden(self, frames: Tensor, heard: Heard, place: Place) -> Tensor:
+        """Kept frames [T, D], stretches of time and of channels set to 0, anew in each epoch: SpecAugment behind the encoder."""
+        frames, spec = frames.float(), self.corpora[heard.corpus][0].augment.spec
+        if spec is None:
+            return frames
+        assert self._at_rest is not None
+        per_frame = round(self._at_rest.seconds_per_frame / SECONDS_PER_FRAME)  # the widths of masks are in feature frames
+        random = random_for(self.seed, place.epoch, heard.item.utterance.id, "masks")
+        dim = self._at_rest.dim  # channels behind them are numbers
+        hidden = torch.from_numpy(hidden_features(len(frames) * per_frame, dim, random, spec, step=place.step)[::per_frame])
+        parts = frames[:, :dim].masked_fill(hidden, 0.0), frames[:, dim:].masked_fill(hidden.all(1)[:, None], 0.0)
+        return torch.cat(parts, 1)
 
     def _version(self, epoch: int) -> int:
         """Which augmentation an epoch hears."""
