@@ -207,6 +207,37 @@ def test_a_speech_llm_on_kept_frames_goes_on_to_the_bit_and_holds_what_learned(
     assert all(torch.equal(x, source.state_dict()[name]) for name, x in model.ctc.state_dict().items())
 
 
+@pytest.mark.parametrize("adapter", [AdapterDims("words"), AdapterDims("concat")])
+def test_a_speech_llm_hears_a_spotter(data: Path, parts: dict[str, Path], tmp_path: Path, adapter: AdapterDims) -> None:
+    whisper_with_tokenizer(tmp_path / "whisper", mels=80, positions=200)
+    encoder = ExtendedEncoder(SpottingEncoder.from_whisper(str(tmp_path / "whisper")), TopDims(dim=32, layers=1, kernel=3))
+    CtcModel(encoder, CtcModel.load(parts["ctc"]).vocabulary).save(tmp_path / "ctc", card="", dtype=torch.float32)
+    made = speech_llm(data, {**parts, "ctc": tmp_path / "ctc"}, encoder="rest", adapter=adapter)
+    quiet = replace(made.corpora[0], augment=Augmentation(speeds=(1.0,), noise_chance=0.0, spec=None))
+    figures = [
+        run(
+            replace(made, corpora=(quiet,), learning=Learning(batch_seconds=8.0, decoder_check=3, kept_versions=versions)),
+            tmp_path / str(versions),
+            world=World(),
+        )
+        for versions in (0, 1)
+    ]
+    assert figures[0]["dev ce"] == pytest.approx(figures[1]["dev ce"], rel=1e-3), "kept frames are those that are computed"
+    model = load_attention_model(tmp_path / "1" / "model")
+    assert isinstance(model, SpeechLlm) and not any(
+        n.startswith("encoder.") for n in load_file(tmp_path / "1" / "model" / "model.safetensors")
+    )
+    labels = torch.tensor([model.vocabulary.encode("the cat")])
+    sound = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    with torch.no_grad():
+        whole = model(
+            model.ctc.encoder.features(torch.from_numpy(sound))[None], torch.tensor([100]), labels=labels, sizes=torch.tensor([2])
+        )
+        scorer = model.scorer([sound])
+        first = scorer.log_probs(scorer.start(1))
+    torch.testing.assert_close(first[0], whole.logits[0, 0].log_softmax(-1), atol=1e-3, rtol=1e-3)
+
+
 def test_frames_are_kept_below_resting_auxiliary_heads(data: Path, parts: dict[str, Path], tmp_path: Path) -> None:
     vocabulary = CtcModel.load(parts["ctc"]).vocabulary
     CtcModel.load(parts["ctc"]).with_heads({1: vocabulary}).save(tmp_path / "ctc", card="", dtype=torch.float32)

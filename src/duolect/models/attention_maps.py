@@ -58,15 +58,14 @@ class AttentionMaps:
 @torch.no_grad()
 def attention_maps(model: SpeechLlm, *, audio: np.ndarray, labels: Sequence[int]) -> AttentionMaps:
     """The maps of samples [N], float32 mono 16 kHz, and a transcript's labels; cross: of the added layers, over audio. ModelError."""
-    encoded, piece = encoded_whole(model.ctc.encoder, [audio], max_seconds=model.max_seconds), model.vocabulary.piece
-    ctc = model.ctc.of_encoded(encoded).main
-    sound, lengths = model.adapter(encoded, ctc, model.embeddings)
+    heads, piece = model.ctc.of_encoded(encoded_whole(model.ctc.encoder, [audio], max_seconds=model.max_seconds)), model.vocabulary.piece
+    sound, lengths = model.adapter(heads.encoded, heads.main, model.embeddings)
     history = torch.tensor([[model.begin, *labels]], device=sound.device)
     with _watched(model) as found:
         model.hidden(sound.to(model.embeddings.weight.dtype), lengths, history)
     if len(found) != len(model.layers):
         raise ModelError(f"{type(model.llm).__name__} gives the attention weights of {len(found)} layers, expected {len(model.layers)}")
-    times = np.array(model.adapter.middles(encoded, ctc)) * model.ctc.encoder.seconds_per_frame
+    times = np.array(model.adapter.middles(heads.encoded, heads.main)) * model.ctc.encoder.seconds_per_frame
     keys = heard = [Key("audio", f"{t:.2f} s", float(t)) for t in times]
     order = np.arange(found[0].shape[-1])
     if model.dims.attention != "cross":
