@@ -96,11 +96,16 @@ def test_numbers_of_words_survive_half_precision() -> None:
         assert [[word for _, word in told(frame)] for frame in spotter.named(states)[0].to(dtype)] == best.tolist()
 
 
-def test_a_head_copies_pieces_of_what_is_named() -> None:
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_head_copies_pieces_of_what_is_named(weighed: bool) -> None:
     torch.manual_seed(0)
     vocabulary = CharacterVocabulary(list("abcdefghijklmnopqrstuvwxyz'|_"), delimiter="|", blank="_")
     texts = ["", " cab", "ab", " abcabcabcabc"]
-    head = CopyingHead(6, vocabulary, texts)
+    spotter = Spotter(SpotterDims(dim=16, layers=1, heads=2))
+    spotter.texts, spotter.words = tuple(texts), torch.randn(len(texts), 16)
+    head = CopyingHead(6, vocabulary, spotter)
+    if weighed:
+        torch.nn.init.normal_(head.look.weight, std=0.3)
     frames, chances = torch.randn(2, 3, 6), torch.rand(2, 3, 2) / 2
     words = torch.tensor([[[1, 2], [3, 0], [2, 1]], [[0, 3], [1, 1], [3, 2]]])
     got = head(torch.cat([frames, chances, words // 256, words % 256], -1)).exp()
@@ -109,9 +114,10 @@ def test_a_head_copies_pieces_of_what_is_named() -> None:
             choice = (head.choice.weight @ frames[b, t] + head.choice.bias).softmax(0)
             expected = choice[0] * (head.weight @ frames[b, t] + head.bias).softmax(0)
             expected[vocabulary.blank] += choice[1]
+            anew = chances[b, t] * (spotter.words[words[b, t]] @ (head.look.weight @ frames[b, t])).exp()
             for place in range(2 * PLACES):
                 missing = 1.0 - chances[b, t].sum()
-                for chance, word in zip(chances[b, t], words[b, t], strict=True):
+                for chance, word in zip(anew * (chances[b, t].sum() / anew.sum()), words[b, t], strict=True):
                     text = texts[int(word)].strip()
                     labels = vocabulary.encode(text) if place < PLACES else within(vocabulary, text)
                     if place % PLACES < len(labels):

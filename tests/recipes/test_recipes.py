@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -338,6 +339,12 @@ def test_a_spotter_learns_and_goes_on(data: Path, tmp_path: Path, monkeypatch: p
     assert learned and all(name.endswith((".up", ".down")) for name in learned)
     assert any(bool(stored[name].any()) for name in learned if name.endswith(".up"))
     assert CtcModel.load(tmp_path / "straight" / "model").log_probs_of([np.zeros(9000, np.float32)]).log_probs.isfinite().any()
+    still = replace(made.training, learning_rates=dict.fromkeys([*RATES, "spotter"], 0.0), steps=1, weight_decay=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(replace(made, training=still, start=str(tmp_path / "straight" / "model")), tmp_path / "still", world=World())
+    again = load_file(tmp_path / "still" / "model" / "model.safetensors")
+    assert again.keys() == stored.keys() and all(torch.equal(again[n], x) for n, x in stored.items() if "running" not in n)
 
 
 def kept_and_computed(model: Trainable, data: Path, loss: str) -> list[float]:

@@ -119,8 +119,7 @@ class CtcModel(FolderModel, AcousticModel):
         spotter = spotter_of(encoder)
         if spotter is not None and stack != 1:
             raise ModelError(f"stack is {stack}, but what a spotter names belongs to one frame: set stack=1")
-        texts = () if spotter is None else spotter.texts
-        self.head = CopyingHead(encoder.dim, vocabulary, texts) if texts else nn.Linear(encoder.dim * stack, vocabulary.size)
+        self.head = nn.Linear(encoder.dim * stack, vocabulary.size) if spotter is None else CopyingHead(encoder.dim, vocabulary, spotter)
         self.aux = nn.ModuleDict({str(n): nn.Linear(encoder.dim * stack, v.size) for n, v in self.aux_vocabularies.items()})
 
     def forward(self, features: Tensor, lengths: Tensor) -> CtcOutput:

@@ -35,6 +35,7 @@ LETTERS = frozenset(" 'abcdefghijklmnopqrstuvwxyz")
 NAMED = 32  # likeliest words of a frame that are told
 PLACES = 8  # pieces of a word that can be copied
 LEAST = 1e-30  # of a probability, before its logarithm
+MOST = 30.0  # by which the logarithm of a chance may rise
 BYTE = 256  # numbers of words are told in two channels: half precision holds integers up to 256
 
 
@@ -183,28 +184,36 @@ class CopyingHead(nn.Linear):
     """Frames [B, T, D] and what was named in them [B, T, 3 M] to log-probs [B, T, V]: of pieces it writes, of pieces it copies, of blank.
 
     p = written * softmax(linear) + copied, where a place in a word (its first, second, ... piece, at the beginning of a word or within
-    one) is chosen, and the words named say which piece stands there. What no named word has at a place is blank.
+    one) is chosen, and the words named say which piece stands there. What no named word has at a place is blank. Chances of the words
+    named are weighed anew by the frame, which has heard what lies around: exp(look(frame) * embedding); at first they stay as they are.
     """
 
-    def __init__(self, dim: int, vocabulary: Vocabulary, texts: Sequence[str]) -> None:
+    def __init__(self, dim: int, vocabulary: Vocabulary, spotter: Spotter) -> None:
         super().__init__(dim, vocabulary.size)
         assert vocabulary.blank is not None
         self.blank = vocabulary.blank
         self.choice = nn.Linear(dim, 2 + 2 * PLACES)  # to write, blank, and the places
+        self.look = nn.Linear(dim, spotter.dims.dim, bias=False)
+        nn.init.zeros_(self.look.weight)
         self.pieces: Tensor
-        self.register_buffer("pieces", _pieces(vocabulary, texts), persistent=False)
+        self.words: Tensor
+        self.register_buffer("pieces", _pieces(vocabulary, spotter.texts), persistent=False)
+        self.register_buffer("words", spotter.words, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         frames, told = input[..., : self.in_features], input[..., self.in_features :].float()
         chances, high, low = told.chunk(3, -1)
+        words = (high * BYTE + low).round().long().clamp(max=len(self.pieces) - 1)
+        weights = torch.einsum("btmd,btd->btm", self.words[words], self.look(frames).float()).clamp(max=MOST)
+        weighed = chances * weights.exp()
+        chances = weighed * (chances.sum(-1, keepdim=True) / weighed.sum(-1, keepdim=True).clamp(min=LEAST))
         choice = self.choice(frames).float().softmax(-1)
-        chances_of = choice[..., :1] * super().forward(frames).float().softmax(-1)
+        written = choice[..., :1] * super().forward(frames).float().softmax(-1)
         copied = chances[..., None] * choice[..., None, 2:]  # [B, T, M, 2 PLACES]
-        pieces = self.pieces[(high * BYTE + low).round().long().clamp(max=len(self.pieces) - 1)]
-        chances_of = chances_of.scatter_add(-1, pieces.flatten(-2), copied.flatten(-2))
+        both = written.scatter_add(-1, self.pieces[words].flatten(-2), copied.flatten(-2))
         rest = choice[..., 1] + choice[..., 2:].sum(-1) * (1 - chances.sum(-1))
         blank = F.one_hot(torch.tensor(self.blank, device=rest.device), self.out_features)
-        return (chances_of + rest[..., None] * blank).clamp(min=LEAST).log()
+        return (both + rest[..., None] * blank).clamp(min=LEAST).log()
 
 
 def _pieces(vocabulary: Vocabulary, texts: Sequence[str]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def warm_start(model: Trainable, folder: str | Path) -> WarmStart:
 
 def _heads(settings: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     """The layer that each CTC head of a model with these settings hears, and its vocabulary's digest, by the prefix of its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that weights of a source are not copied
         depth = encoder_from_settings(settings["encoder"]).depth
     return {"head.": (depth, settings["vocabulary"])} | {f"aux.{n}.": (int(n), v) for n, v in settings.get("aux", {}).items()}
 
