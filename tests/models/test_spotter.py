@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from torch import Tensor
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from duolect.models import ModelError
+from duolect.models.copying import AGO, PLACES, CopyingHead, within
 from duolect.models.ctc import CtcModel
 from duolect.models.embedded import SHIPPED
 from duolect.models.encoders import Encoded, encoder_from_settings
 from duolect.models.extended import ExtendedEncoder, TopDims
 from duolect.models.lora import Lora
-from duolect.models.spotter import END, PLACES, PROMPT, CopyingHead, Spotter, SpotterDims, SpottingEncoder, within
+from duolect.models.spotter import END, PROMPT, Spotter, SpotterDims, SpottingEncoder
 from duolect.vocabulary import CharacterVocabulary, load_vocabulary
 from tests.models.test_encoders import tiny_whisper
 
@@ -106,27 +108,30 @@ def test_a_head_copies_pieces_of_what_is_named(weighed: bool) -> None:
     head = CopyingHead(6, vocabulary, spotter)
     if weighed:
         torch.nn.init.normal_(head.look.weight, std=0.3)
-    frames, chances = torch.randn(2, 3, 6), torch.rand(2, 3, 2) / 2
-    words = torch.tensor([[[1, 2], [3, 0], [2, 1]], [[0, 3], [1, 1], [3, 2]]])
+    count = 6
+    frames, chances = torch.randn(2, count, 6), torch.rand(2, count, 2) / 2
+    words = torch.randint(4, (2, count, 2))
     got = head(torch.cat([frames, chances, words // 256, words % 256], -1)).exp()
     for b in range(2):
-        for t in range(3):
+        anew = chances[b] * (spotter.words[words[b]] @ head.look(frames[b])[..., None])[..., 0].exp()
+        anew = anew * (chances[b].sum(-1) / anew.sum(-1))[:, None]
+        for t in range(count):
             choice = (head.choice.weight @ frames[b, t] + head.choice.bias).softmax(0)
             expected = choice[0] * (head.weight @ frames[b, t] + head.bias).softmax(0)
             expected[vocabulary.blank] += choice[1]
-            anew = chances[b, t] * (spotter.words[words[b, t]] @ (head.look.weight @ frames[b, t])).exp()
-            for place in range(2 * PLACES):
-                missing = 1.0 - chances[b, t].sum()
-                for chance, word in zip(anew * (chances[b, t].sum() / anew.sum()), words[b, t], strict=True):
-                    text = texts[int(word)].strip()
+            for number, (ago, place) in enumerate(itertools.product(AGO, range(2 * PLACES)), start=2):
+                named = [] if t < ago else list(zip(anew[t - ago], words[b, t - ago].tolist(), strict=True))
+                missing = choice[number]
+                for chance, word in named:
+                    text = texts[word].strip()
                     labels = vocabulary.encode(text) if place < PLACES else within(vocabulary, text)
                     if place % PLACES < len(labels):
-                        expected[labels[place % PLACES]] += choice[2 + place] * chance
-                    else:
-                        missing = missing + chance
-                expected[vocabulary.blank] += choice[2 + place] * missing
+                        expected[labels[place % PLACES]] += choice[number] * chance
+                        missing = missing - choice[number] * chance
+                expected[vocabulary.blank] += missing
             torch.testing.assert_close(got[b, t], expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(got.sum(-1), torch.ones(2, 3))
+    torch.testing.assert_close(got.sum(-1), torch.ones(2, count))
+    assert head(torch.zeros(1, 0, 12)).shape == (1, 0, vocabulary.size)
 
 
 def test_pieces_inside_of_a_word_have_no_word_in_front() -> None:

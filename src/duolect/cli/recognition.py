@@ -302,7 +302,7 @@ def compare(
     if not (utterances := [u for u in source.utterances if u.text is not None][:limit]):
         raise ValueError(f"{data}: no utterance has a transcript ('text'), so nothing can be compared; `duolect transcribe` needs none")
     models = of_one_folder(models)
-    named = decodings or [name for name, preset in PRESETS.items() if not preset.named_only]
+    named = decodings or list(PRESETS)
     recognizer = recognizer_for(models, {name: name for name in named}, warn=[u.fields for u in utterances])
     misfits = {} if decodings else recognizer.misfits()
     recognizer = replace(recognizer, decodings={name: d for name, d in recognizer.decodings.items() if name not in misfits})

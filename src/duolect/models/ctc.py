@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from duolect.audio.features import SECONDS_PER_FRAME
 from duolect.audio.io import SAMPLE_RATE
 from duolect.models import ModelError, loading
+from duolect.models.copying import CopyingHead
 from duolect.models.embedded import resolve
 from duolect.models.encoders import Encoded, Encoder, encoder_from_settings, require_layers, stack_frames
 from duolect.models.extended import ExtendedEncoder
 from duolect.models.hf_encoder import LONGEST, output_lengths, seconds_per_frame, unheard_padding
-from duolect.models.spotter import CopyingHead, Spotter, SpottingEncoder
+from duolect.models.spotter import Spotter, SpottingEncoder
 from duolect.models.windows import BATCH_SECONDS, Window, Windowing
 from duolect.run import write_tensors
 from duolect.vocabulary import CharacterVocabulary, TokenizerVocabulary, Vocabulary, load_vocabulary

@@ -1,9 +1,8 @@
 """Whisper's decoder without histories: asked at every frame which word begins there, all frames at once.
 
 A decoder knows how words are written; a small CTC model on top of an encoder has to learn it anew. With cross-attention cut to a window
-around a frame and no label behind the prompt, the pre-trained decoder names the word in the window, untrained (docs/RESULTS.md). A CTC head
-that may copy what is named, piece by piece, learns when to say it and writes by itself what was not named (a pointer-generator,
-arXiv 1704.04368).
+around a frame and no label behind the prompt, the pre-trained decoder names the word in the window, untrained (docs/RESULTS.md). A
+`CopyingHead` makes CTC of it.
 
 Legend: B utterances, T frames of the encoder, N frames here, K words that can be named, M named in a frame, D width, H heads, S head size.
 """
@@ -27,15 +26,11 @@ from duolect.models import ModelError
 from duolect.models.embedded import resolve
 from duolect.models.encoders import Attention, Encoded, Encoder, WhisperEncoder, frame_mask, require_layers, stack_frames
 from duolect.models.lora import Lora, add_lora, merge_lora
-from duolect.vocabulary import Vocabulary
 
 PROMPT = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
 END = "<|endoftext|>"
 LETTERS = frozenset(" 'abcdefghijklmnopqrstuvwxyz")
 NAMED = 32  # likeliest words of a frame that are told
-PLACES = 8  # pieces of a word that can be copied
-LEAST = 1e-30  # of a probability, before its logarithm
-MOST = 30.0  # by which the logarithm of a chance may rise
 BYTE = 256  # numbers of words are told in two channels: half precision holds integers up to 256
 
 
@@ -43,8 +38,7 @@ BYTE = 256  # numbers of words are told in two channels: half precision holds in
 @dataclass(frozen=True)
 class SpotterDims:
     """The size of a spotter. step: frames of the encoder from one of its own to the next; back, ahead: frames of the encoder that are
-    seen before the own one, and from it on. lora: low-rank paths learn and the rest of it rests;
-    None: all of it learns."""
+    seen before the own one, and from it on. lora: low-rank paths learn and the rest of it rests; None: all of it learns."""
 
     dim: int = 512
     layers: int = 6
@@ -108,9 +102,7 @@ class Spotter(nn.Module):
         self.dims = replace(self.dims, lora=None)
 
     @classmethod
-    def from_whisper(
-        cls, folder: str | Path, *, step: int = 2, back: int = 4, ahead: int = 16, letters: int = 16, lora: Lora | None = None
-    ) -> Spotter:
+    def from_whisper(cls, folder: str | Path, *, step: int = 2, back: int = 2, ahead: int = 16, lora: Lora | None = None) -> Spotter:
         """The decoder of a Hugging Face Whisper folder with its tokenizer, asked in English. Raises ModelError."""
         from tokenizers import Tokenizer
 
@@ -178,62 +170,6 @@ class SpottingEncoder(Encoder):
         """Both parts of a Whisper model, by name or folder; `spotter`: as in Spotter.from_whisper. Raises EmbeddedError and ModelError."""
         place = resolve(source)
         return cls(WhisperEncoder.from_whisper(place), Spotter.from_whisper(place, **spotter), source=source)
-
-
-class CopyingHead(nn.Linear):
-    """Frames [B, T, D] and what was named in them [B, T, 3 M] to log-probs [B, T, V]: of pieces it writes, of pieces it copies, of blank.
-
-    p = written * softmax(linear) + copied, where a place in a word (its first, second, ... piece, at the beginning of a word or within
-    one) is chosen, and the words named say which piece stands there. What no named word has at a place is blank. Chances of the words
-    named are weighed anew by the frame, which has heard what lies around: exp(look(frame) * embedding); at first they stay as they are.
-    """
-
-    def __init__(self, dim: int, vocabulary: Vocabulary, spotter: Spotter) -> None:
-        super().__init__(dim, vocabulary.size)
-        assert vocabulary.blank is not None
-        self.blank = vocabulary.blank
-        self.choice = nn.Linear(dim, 2 + 2 * PLACES)  # to write, blank, and the places
-        self.look = nn.Linear(dim, spotter.dims.dim, bias=False)
-        nn.init.zeros_(self.look.weight)
-        self.pieces: Tensor
-        self.words: Tensor
-        self.register_buffer("pieces", _pieces(vocabulary, spotter.texts), persistent=False)
-        self.register_buffer("words", spotter.words, persistent=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        frames, told = input[..., : self.in_features], input[..., self.in_features :].float()
-        chances, high, low = told.chunk(3, -1)
-        words = (high * BYTE + low).round().long().clamp(max=len(self.pieces) - 1)
-        weights = torch.einsum("btmd,btd->btm", self.words[words], self.look(frames).float()).clamp(max=MOST)
-        weighed = chances * weights.exp()
-        chances = weighed * (chances.sum(-1, keepdim=True) / weighed.sum(-1, keepdim=True).clamp(min=LEAST))
-        choice = self.choice(frames).float().softmax(-1)
-        written = choice[..., :1] * super().forward(frames).float().softmax(-1)
-        copied = chances[..., None] * choice[..., None, 2:]  # [B, T, M, 2 PLACES]
-        both = written.scatter_add(-1, self.pieces[words].flatten(-2), copied.flatten(-2))
-        rest = choice[..., 1] + choice[..., 2:].sum(-1) * (1 - chances.sum(-1))
-        blank = F.one_hot(torch.tensor(self.blank, device=rest.device), self.out_features)
-        return (both + rest[..., None] * blank).clamp(min=LEAST).log()
-
-
-def _pieces(vocabulary: Vocabulary, texts: Sequence[str]) -> Tensor:
-    """[K, 2 PLACES] labels of each text from the first on, as a word and then as the inside of one; blank where there are none."""
-    assert vocabulary.blank is not None
-    numbers = {word: i for i, word in enumerate(dict.fromkeys(text.strip() for text in texts))}  # most come with and without a space
-    table = torch.full((len(numbers), 2, PLACES), vocabulary.blank)
-    for word, row in numbers.items():
-        for column, labels in enumerate((vocabulary.encode(word), within(vocabulary, word))):
-            table[row, column, : len(labels)] = torch.tensor(labels[:PLACES], dtype=torch.long)
-    return table.flatten(1)[[numbers[text.strip()] for text in texts]]
-
-
-def within(vocabulary: Vocabulary, text: str) -> list[int]:
-    """Labels of a text inside of a word, found behind a letter that keeps labels of its own; none where there is no such letter."""
-    for letter in "eaoinrst":
-        head, labels = vocabulary.encode_word(letter, first=True), list(vocabulary.encode(letter + text))
-        if labels[: len(head)] == list(head):
-            return labels[len(head) :]
-    return []
 
 
 class _Layer(nn.Module):

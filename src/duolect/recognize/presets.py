@@ -120,12 +120,11 @@ def _timed(x: Ingredients, part: str, when: Schedule, beam: int) -> Decoding:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named decoding: its row in a table, the combination whose scales it uses (None: it has none), whether only who names it gets it."""
+    """A named decoding: its row in a table, and the combination whose scales it uses (None: it has none)."""
 
     title: str
     make: Callable[[Ingredients], Decoding]
     scales: str | None = None
-    named_only: bool = False
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -149,9 +148,9 @@ PRESETS: Mapping[str, Preset] = {
     "aed+ctc-time": Preset("AED + CTC, time-synchronous", lambda x: _timed(x, "aed", Every(x.interval), x.beam), "aed"),
     "aed+ctc-label": Preset("AED + CTC, label-synchronous", lambda x: _joint(x, "aed"), "aed"),
     "sllm-greedy": Preset("Speech LLM greedy", lambda x: _alone(x, "sllm", 1)),
-    "sllm-draft": Preset("Speech LLM greedy, CTC as draft", lambda x: Speculative(_hears(x, "sllm", scaled=False)), named_only=True),
+    "sllm-draft": Preset("Speech LLM greedy, CTC as draft", lambda x: Speculative(_hears(x, "sllm", scaled=False))),
     "sllm": Preset("Speech LLM beam", lambda x: _alone(x, "sllm")),
-    "sllm-length": Preset("Speech LLM beam, length norm", lambda x: _alone(x, "sllm", exponent=1.0), named_only=True),
+    "sllm-length": Preset("Speech LLM beam, length norm", lambda x: _alone(x, "sllm", exponent=1.0)),
     "sllm+ctc-rescore": Preset("CTC + speech LLM, n-best rescoring", lambda x: _timed(x, "sllm", AtEnd(), x.nbest), "sllm"),
     "sllm+ctc-time": Preset("Speech LLM + CTC, time-synchronous", lambda x: _timed(x, "sllm", Every(x.interval), x.beam), "sllm"),
     "sllm+ctc-label": Preset("Speech LLM + CTC, label-synchronous", lambda x: _joint(x, "sllm"), "sllm"),
