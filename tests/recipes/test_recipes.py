@@ -58,7 +58,7 @@ SPEC = SpecAugment(ramp=(0, 0, 0))
 GOLDEN = {
     "tiny": "9b429388ba",
     "mini": "d6a66fc689",
-    "whisper_ctc": "e46908cd06",
+    "whisper_ctc": "1dfe38ce09",
     "librispeech_aed": "83f77ffec6",
     "librispeech_aed_base": "f9623beb7d",
     "loquacious_aed": "4f5baea8c4",

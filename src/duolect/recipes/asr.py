@@ -125,12 +125,13 @@ def whisper_ctc(sources: Sequence[str], checks: Sequence[str], text: str) -> Asr
     """A CTC model on Whisper base: what its encoder hears, at rest, and its decoder names, through Conformer layers, to a head that writes
     and copies.
 
-    Real speech first, then synthesized, of which an epoch hears a sixth.
+    Real speech first, then synthesized, of which an epoch hears a sixth. Units are of one and a half to a word: the fewer places in a word
+    there are to choose, the sooner it is known when to copy which.
     """
     speech = Augmentation(noise_chance=0.35, snr_db=(8.0, 30.0), spec=SpecAugment(ramp=(0, 10**9, 10**9)))
     training = TrainConfig(
         {"top": 1.5e-3, "spotter": 4e-4, "encoder": 0.0},
-        seconds=3600,
+        seconds=4200,
         average=0.998,
         precision="auto",
         validate_every=150,
@@ -145,7 +146,7 @@ def whisper_ctc(sources: Sequence[str], checks: Sequence[str], text: str) -> Asr
         training,
         FromWhisper(merge_after=None, frozen=6, top=top, spotter=(2, 16), spotter_lora=Lora(32, 32.0, (), 0.05)),
         named(checks),
-        Units(256, text),
+        Units(2000, text),
         learning=Learning(batch_seconds=40.0),
         held_out=40,
         max_seconds=20.0,
