@@ -69,6 +69,12 @@ def test_all_frames_at_once_are_each_alone_in_its_window(tmp_path: Path, step: i
             torch.testing.assert_close(got[row, : len(expected), :16], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_window_that_sees_nothing_is_refused() -> None:
+    for wrong in ({"ahead": 0}, {"back": -1}, {"step": 0}):
+        with pytest.raises(ValueError, match="sees nothing"):
+            Spotter(SpotterDims(dim=16, layers=1, heads=2, **wrong))
+
+
 def told(frame: Tensor) -> list[tuple[float, int]]:
     chances, high, low = frame.chunk(3)
     return [(float(c), round(float(h)) * 256 + round(float(x))) for c, h, x in zip(chances, high, low, strict=True)]

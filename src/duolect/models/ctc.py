@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from duolect.audio.features import SECONDS_PER_FRAME
 from duolect.audio.io import SAMPLE_RATE
@@ -96,7 +97,8 @@ class FolderModel(nn.Module, ABC):
 class CtcModel(FolderModel, AcousticModel):
     """An encoder, optionally frames stacked side by side, and a linear layer to the vocabulary with its blank.
 
-    aux: vocabularies (with blank) of further heads, by the encoder layer (from 1) that they hear.
+    aux: vocabularies (with blank) of further heads, by the encoder layer (from 1) that they hear. blank_penalty: nats that the main head's
+    blank loses in recognition, against words left out; probabilities sum to 1 all the same.
     """
 
     def __init__(
@@ -107,8 +109,10 @@ class CtcModel(FolderModel, AcousticModel):
         stack: int = 1,
         window_seconds: float = 28.0,
         aux: Mapping[int, Vocabulary] | None = None,
+        blank_penalty: float = 0.0,
     ) -> None:
         super().__init__()
+        self.blank_penalty = blank_penalty
         self.aux_vocabularies = dict(sorted((aux or {}).items()))
         require_layers(list(self.aux_vocabularies), encoder.depth)
         for v in (vocabulary, *self.aux_vocabularies.values()):
@@ -135,6 +139,9 @@ class CtcModel(FolderModel, AcousticModel):
         """The log-probs of all heads whose layers were tapped."""
         aux = {n: self._heard(self.aux[str(n)], encoded.taps[n], encoded.lengths) for n in self.aux_vocabularies if n in encoded.taps}
         main = self._heard(self.head, encoded.frames, encoded.lengths)
+        if self.blank_penalty and not self.training:
+            lost = F.one_hot(torch.tensor(self.vocabulary.blank, device=main.log_probs.device), self.vocabulary.size) * self.blank_penalty
+            main = replace(main, log_probs=(main.log_probs - lost).log_softmax(-1))
         return Heads(main, aux, replace(encoded, frames=encoded.frames[..., : self.encoder.dim]))
 
     def _heard(self, head: nn.Module, frames: Tensor, lengths: Tensor) -> CtcOutput:
@@ -176,6 +183,7 @@ class CtcModel(FolderModel, AcousticModel):
             "encoder": self.encoder.settings(),
             "stack": self.stack,
             "window_seconds": self.window_seconds,
+            "blank_penalty": self.blank_penalty,
             "vocabulary": self.vocabulary.digest(),
             "aux": {str(n): v.digest() for n, v in self.aux_vocabularies.items()},
         }
@@ -220,12 +228,14 @@ class CtcModel(FolderModel, AcousticModel):
                     "files of two models are mixed, copy the whole folder again"
                 )
         encoder = encoder_from_settings(config["encoder"])
-        return cls(encoder, vocabulary, stack=config["stack"], window_seconds=config["window_seconds"], aux=aux).eval()
+        settings = {name: config[name] for name in ("stack", "window_seconds", "blank_penalty") if name in config}
+        return cls(encoder, vocabulary, aux=aux, **settings).eval()
 
     def with_heads(self, aux: Mapping[int, Vocabulary]) -> CtcModel:
         """The model with new auxiliary heads, by the layer they hear, beside those it has; it shares the weights."""
         every = {**self.aux_vocabularies, **aux}
-        model = CtcModel(self.encoder, self.vocabulary, stack=self.stack, window_seconds=self.window_seconds, aux=every)
+        settings = {"stack": self.stack, "window_seconds": self.window_seconds, "blank_penalty": self.blank_penalty}
+        model = CtcModel(self.encoder, self.vocabulary, aux=every, **settings)
         model.head = self.head
         model.aux.update({n: head for n, head in self.aux.items() if int(n) not in aux})
         return model.train(self.training)

@@ -59,6 +59,8 @@ class Spotter(nn.Module):
 
     def __init__(self, dims: SpotterDims) -> None:
         super().__init__()
+        if dims.back < 0 or dims.ahead < 1 or dims.step < 1:
+            raise ValueError(f"a spotter of step {dims.step} with a window of {dims.back} frames back and {dims.ahead} ahead sees nothing")
         self.dims, self.texts = dims, ("",)
         self.words: Tensor
         self.register_buffer("words", torch.zeros(1, dims.dim), persistent=False)
