@@ -305,3 +305,23 @@ def test_a_model_is_given_heads_in_another_vocabulary(tmp_path: Path) -> None:
         load_acoustic_model(f"{tmp_path / 'm'}#7")
     with pytest.raises(ModelError, match="expected the number of a layer behind #"):
         load_acoustic_model(f"{tmp_path / 'm'}#top")
+
+
+def test_blank_loses_in_recognition_alone(tmp_path: Path) -> None:
+    model = tiny()
+    features, lengths = torch.randn(2, 60, 80), torch.tensor([60, 31])
+    blank = model.vocabulary.blank
+    with torch.no_grad():
+        plain = model(features, lengths).log_probs
+        model.blank_penalty = 1.5
+        got = model(features, lengths).log_probs
+        lost = plain.clone()
+        lost[..., blank] -= 1.5
+        torch.testing.assert_close(got, lost - lost.logsumexp(-1, keepdim=True))
+        model.save(tmp_path, card="", dtype=torch.float32)
+        torch.testing.assert_close(CtcModel.load(tmp_path)(features, lengths).log_probs, got)
+        torch.testing.assert_close(CtcModel.load(tmp_path).with_heads({1: model.vocabulary})(features, lengths).log_probs, got)
+        model.train()
+        training = model(features, lengths).log_probs
+        model.blank_penalty = 0.0
+        torch.testing.assert_close(model(features, lengths).log_probs, training)
