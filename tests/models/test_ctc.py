@@ -325,3 +325,14 @@ def test_blank_loses_in_recognition_alone(tmp_path: Path) -> None:
         training = model(features, lengths).log_probs
         model.blank_penalty = 0.0
         torch.testing.assert_close(model(features, lengths).log_probs, training)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("blank_penalty", float("nan")), ("blank_penalty", "much"), ("window_seconds", 0), ("stack", 0)]
+)
+def test_odd_settings_are_refused(tmp_path: Path, field: str, value: object) -> None:
+    tiny().save(tmp_path, card="")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(ModelError, match=f"{field} is .*, expected a number in"):
+        CtcModel.load(tmp_path)

@@ -35,7 +35,7 @@ from duolect.models.lora import Lora
 from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims, Trainable
 from duolect.models.spotter import SpottingEncoder
 from duolect.recipes.asr import RECIPES
-from duolect.recipes.experiment import AsrExperiment, FromModel, FromWhisper, LlmPart, Units, run
+from duolect.recipes.experiment import AsrExperiment, FromModel, FromWhisper, LlmPart, Units, _held_out, run
 from duolect.run import RunError
 from duolect.train.asr import AsrTask, Corpus, Learning
 from duolect.train.checkpoint import TrainError
@@ -43,7 +43,7 @@ from duolect.train.loop import TrainConfig
 from duolect.train.optim import WarmUp
 from duolect.train.parallel import World
 from duolect.train.task import Place
-from duolect.vocabulary import SentencePieceVocabulary
+from duolect.vocabulary import CharacterVocabulary, SentencePieceVocabulary
 from tests.models.test_encoders import tiny_whisper
 from tests.models.test_speech_llm import tokenizer, write_llm
 from tests.models.test_spotter import whisper_with_tokenizer
@@ -323,6 +323,15 @@ def test_layers_on_a_resting_whisper_then_all(data: Path, tmp_path: Path, merge_
     assert isinstance(tuned.encoder, ExtendedEncoder)
     assert torch.equal(tuned.encoder.base.layers[0].fc1.weight, model.encoder.base.layers[0].fc1.weight)
     assert not torch.equal(tuned.encoder.base.layers[1].fc1.weight, model.encoder.base.layers[1].fc1.weight)
+
+
+def test_of_few_utterances_most_are_learned_from(data: Path) -> None:
+    vocabulary = CharacterVocabulary([*"abcdefghijklmnopqrstuvwxyz", "|", "_"], delimiter="|", blank="_")
+    items = usable(open_source(data).utterances, vocabulary, seconds_per_frame=0.001).items[:3]
+    for speakers in (["a", "a", "a"], ["a", "b", "c"], ["a", "a", "b"]):
+        some = [replace(x, utterance=replace(x.utterance, fields={"speaker": s})) for x, s in zip(items, speakers, strict=True)]
+        left, held = _held_out(some, 1)
+        assert len(left) >= 2 and len(left) + len(held) == 3
 
 
 def test_a_spotter_learns_and_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

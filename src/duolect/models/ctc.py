@@ -30,6 +30,7 @@ from duolect.models.windows import BATCH_SECONDS, Window, Windowing
 from duolect.run import write_tensors
 from duolect.vocabulary import CharacterVocabulary, TokenizerVocabulary, Vocabulary, load_vocabulary
 
+RANGES = {"stack": (1, 16), "window_seconds": (0.1, 3600.0), "blank_penalty": (0.0, 30.0)}  # of what config.json may say
 MIN_SAMPLES = 400  # 25 ms: wav2vec2's convolutions need as much for one frame
 
 
@@ -228,7 +229,11 @@ class CtcModel(FolderModel, AcousticModel):
                     "files of two models are mixed, copy the whole folder again"
                 )
         encoder = encoder_from_settings(config["encoder"])
-        settings = {name: config[name] for name in ("stack", "window_seconds", "blank_penalty") if name in config}
+        settings = {name: config[name] for name in RANGES if name in config}
+        for name, value in settings.items():
+            least, most = RANGES[name]
+            if not isinstance(value, int | float) or not least <= value <= most:
+                raise ModelError(f"{folder}/config.json: {name} is {value!r}, expected a number in {least} .. {most}: copy the file again")
         return cls(encoder, vocabulary, aux=aux, **settings).eval()
 
     def with_heads(self, aux: Mapping[int, Vocabulary]) -> CtcModel:

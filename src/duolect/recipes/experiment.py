@@ -291,8 +291,9 @@ def _held_out(items: Sequence[Labelled], count: int) -> tuple[list[Labelled], li
         by_speaker.setdefault(str(item.utterance.fields.get("speaker")), []).append(item)
     held: list[Labelled] = []
     for speaker in sorted(by_speaker, key=lambda s: random_for(0, 0, s, "held out").random()):
-        if len(held) < count and len(by_speaker[speaker]) <= 4:
-            held += by_speaker[speaker]
+        own = by_speaker[speaker]
+        if len(held) < count and len(own) <= 4 and 2 * (len(held) + len(own)) <= len(items):  # most is left to learn from
+            held += own
     ids = {x.utterance.id for x in held}
     return [x for x in items if x.utterance.id not in ids], held
 
