@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from duolect.train.checkpoint import weights_of
@@ -35,5 +34,4 @@ config = replace(CONFIG, accumulate=accumulate, steps=steps, average=0.9, keep_b
 figures = train(task, config, folder, world=world)
 weights = weights_of(task.model)
 save_file({**weights, "error": torch.tensor(figures["error"])}, folder / f"rank-{world.rank}.safetensors")
-if world.size > 1:
-    dist.destroy_process_group()
+world.leave()

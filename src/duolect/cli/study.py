@@ -56,6 +56,7 @@ def study(
     found = measured(Study(table, experiment, test, decodings or DECODINGS, limit), out, world=world)
     if world.first:
         write_tables(found, out, device=str(world.device))
+    world.leave()
     return 0
 
 

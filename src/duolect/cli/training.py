@@ -83,4 +83,5 @@ def trained(plain: Any, run: Callable[..., Any], out: Path, options: RunOptions)
         figures = run(experiment, out, world=world, mirror=options.mirror, deviations=diff(plain, experiment))
     if world.first:
         print(": ".join(filter(None, (str(out / "model"), ", ".join(f"{name} {value:.2f}" for name, value in figures.items())))))
+    world.leave()
     return 0

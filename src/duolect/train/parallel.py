@@ -104,6 +104,18 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """Ends this process where there are several, behind the last of them, without the interpreter's own end.
+
+        There gloo's threads, which may still hold a tensor of the last sum, abort the process now and then (pytorch issue 190489).
+        """
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
 
 def join(mode: Literal["replicate", "shard"] = "replicate", device: str | None = None) -> World:
     """The world of torchrun's environment, joined; this process alone without torchrun. device: None for a GPU if there is one."""
