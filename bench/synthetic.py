@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from duolect.scorer import Hypothesis
-from duolect.vocabulary import CharacterVocabulary, Vocabulary
+from duolect.vocabulary import Vocabulary
 
 WORDS = tuple(
     """
@@ -61,11 +61,6 @@ def pieces(size: int) -> MadeUp:
     made = [x for y in syllables for x in ("▁" + y, y)]
     made += [f"▁{a}{b}" for a in syllables for b in syllables][: max(size - len(made), 0)]
     return MadeUp([*made[:size], ""], blank=size)
-
-
-def characters() -> CharacterVocabulary:
-    """The 29 symbols of an English character CTC model, blank first."""
-    return CharacterVocabulary(["<pad>", "|", *"ETAONIHSRDLUMWCFGYPBVKXJQZ'"], unknown="<unk>")
 
 
 def ctc_log_probs(vocabulary: Vocabulary, *, utterances: int, frames: int, seed: int, pace: float = 0.3, unsure: float = 0.12) -> Tensor:

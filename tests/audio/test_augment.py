@@ -14,6 +14,7 @@ from duolect.audio.augment import (
     hidden_features,
     noise,
     random_for,
+    speechless,
     speed_for,
 )
 
@@ -81,3 +82,10 @@ def test_masks_fit_into_short_audio() -> None:
     assert hidden_features(1, 80, random_for(0, 0, "a"), SpecAugment(ramp=(0, 0, 0)), step=0).shape == (1, 80)
     wide = [hidden_features(100, 80, random_for(i, 0, "a"), SpecAugment(ramp=(0, 10**9, 10**9)), step=0) for i in range(50)]
     assert max(int(x.all(1).sum()) for x in wide) <= 2 * 20 and max(int(x.all(0).sum()) for x in wide) <= 2 * 16
+
+
+def test_speech_may_be_replaced_by_silence_or_noise_of_any_level() -> None:
+    sounds = [speechless(16000, random_for(0, 0, str(i))) for i in range(200)]
+    assert all(len(x) == 16000 and x.dtype == np.float32 and np.isfinite(x).all() for x in sounds)
+    levels = np.array([20 * np.log10(np.std(x)) for x in sounds if x.any()])
+    assert 110 < len(levels) < 180 and -81 < levels.min() < -70 and -25 < levels.max() < -14

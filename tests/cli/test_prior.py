@@ -60,7 +60,7 @@ def test_what_cannot_be_read_is_left_out_and_said(duolect, zoo, tmp_path):
     [
         (["--am", "{am}"], "name audio with --data, a text with --text, or both"),
         (["--data", "{corpus}"], "duolect-ctc: has no folder that is yours: name one for priors.safetensors with --out, or a copy of"),
-        (["--data", "{corpus}", "--am", f"{SHIPPED}/ctc-plain"], "has no folder that is yours"),
+        (["--data", "{corpus}", "--am", f"{SHIPPED}/ctc"], "has no folder that is yours"),
         (["--text", "{am}/nowhere", "--am", "{am}"], "cannot be read"),
         (["--data", "{corpus}", "--am", "{am}", "--lm", "smolm2-135m"], "did you mean smollm2-135m?"),
     ],

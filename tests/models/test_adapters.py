@@ -127,8 +127,9 @@ def written(path: Sequence[int], ctc: SentencePieceVocabulary, language: Vocabul
 
 
 @pytest.mark.parametrize("language", [byte_level(TEXTS), CharacterVocabulary(["<pad>", "|", "a", "b"])], ids=["bytes", "letters"])
+@pytest.mark.parametrize("alternatives", [False, True])
 @torch.no_grad()
-def test_words_are_their_labels_embeddings_with_their_frames_shared_evenly(language: Vocabulary) -> None:
+def test_words_are_their_labels_embeddings_with_their_frames_shared_evenly(language: Vocabulary, alternatives: bool) -> None:
     ctc = SentencePieceVocabulary(sentence_pieces(TEXTS, size=20).model, blank="last")
     index, blank = {ctc.piece(i): i for i in range(ctc.size)}, ctc.size - 1
     ab, ba, inner, b, space = (index[piece] for piece in ("▁ab", "▁ba", "ba", "b", "▁"))
@@ -140,9 +141,18 @@ def test_words_are_their_labels_embeddings_with_their_frames_shared_evenly(langu
         [space, *[blank] * 11],
     ]
     lengths = torch.tensor([12, 12, 9, 6, 3])
-    log_probs = F.one_hot(torch.tensor(paths), ctc.size).float().mul(9).log_softmax(-1)
-    encoded, adapter = Encoded(torch.randn(5, 12, WIDTH), lengths), adapter_of(AdapterDims("words"), ctc, language)
+    log_probs = (torch.rand(5, 12, ctc.size) + F.one_hot(torch.tensor(paths), ctc.size).float().mul(5)).log_softmax(-1)
+    encoded, adapter = Encoded(torch.randn(5, 12, WIDTH), lengths), adapter_of(AdapterDims("words", labels=alternatives), ctc, language)
     embed = nn.Embedding(language.size, OUT)
+
+    def position(row: int, frames: Tensor, places: Sequence[int]) -> Tensor:
+        """What all positions have, without the embedding of a label."""
+        out = adapter.linear(frames[places].mean(0) if places else torch.zeros(WIDTH))
+        if adapter.gate is None or adapter.labels is None or not places:
+            return out
+        posterior = log_probs[row, places, :blank].exp().mean(0)
+        return out + adapter.gate * ((posterior / posterior.sum()) @ adapter.labels.weight[:blank])
+
     got, sizes = adapter(encoded, CtcOutput(log_probs, lengths), embed)
     found = []
     for row, (path, n) in enumerate(zip(paths, lengths.tolist(), strict=True)):
@@ -151,9 +161,8 @@ def test_words_are_their_labels_embeddings_with_their_frames_shared_evenly(langu
         for labels, places in words:
             for i, label in enumerate(labels):
                 own = [t for k, t in enumerate(places) if k * len(labels) // len(places) == i]
-                mean = frames[own].mean(0) if own else torch.zeros(WIDTH)
-                wanted.append(adapter.linear(mean) + embed.weight[label])
-        wanted = wanted or [adapter.linear(frames.mean(0))]
+                wanted.append(position(row, frames, own) + embed.weight[label])
+        wanted = wanted or [position(row, frames, list(range(n)))]
         assert int(sizes[row]) == len(wanted)
         torch.testing.assert_close(got[row, : len(wanted)], torch.stack(wanted), atol=1e-5, rtol=1e-5)
         assert not got[row, len(wanted) :].any()

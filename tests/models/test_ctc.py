@@ -30,9 +30,9 @@ TOP = TopDims(dim=16, layers=1, kernel=3, stack=2)
 CHARACTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDE"]
 
 
-def tiny(*, merge_after: int | None = 1, stack: int = 1, window_seconds: float = 28.0, top: TopDims | None = None) -> CtcModel:
+def tiny(*, stack: int = 2, window_seconds: float = 28.0, top: TopDims | None = None) -> CtcModel:
     torch.manual_seed(0)
-    whisper = WhisperEncoder(WhisperDims(mels=80, dim=16, layers=2, heads=2, positions=1500, merge_after=merge_after))
+    whisper = WhisperEncoder(WhisperDims(mels=80, dim=16, layers=2, heads=2, positions=1500))
     encoder = whisper if top is None else ExtendedEncoder(whisper, top)
     return CtcModel(encoder, CharacterVocabulary(CHARACTERS), stack=stack, window_seconds=window_seconds).eval()
 
@@ -41,13 +41,13 @@ def noise(seconds: float, seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(int(seconds * 16000)) * 0.1).astype(np.float32)
 
 
-@pytest.mark.parametrize(("merge_after", "stack", "top"), [(1, 1, None), (None, 2, None), (None, 1, None), (None, 1, TOP)])
-def test_batch_gives_what_each_gives_alone(merge_after: int | None, stack: int, top: TopDims | None) -> None:
-    model = tiny(merge_after=merge_after, stack=stack, top=top)
+@pytest.mark.parametrize(("stack", "top"), [(2, None), (1, None), (1, TOP)])
+def test_batch_gives_what_each_gives_alone(stack: int, top: TopDims | None) -> None:
+    model = tiny(stack=stack, top=top)
     audios = [noise(s, i) for i, s in enumerate((1.0, 0.01, 2.33, 0.5))]
     together = model.log_probs_of(audios)
     assert together.log_probs.dtype == torch.float32
-    assert model.seconds_per_frame == pytest.approx(0.02 if (merge_after, stack, top) == (None, 1, None) else 0.04)
+    assert model.seconds_per_frame == pytest.approx(0.02 if (stack, top) == (1, None) else 0.04)
     for i, audio in enumerate(audios):
         alone = model.log_probs_of([audio])
         n = int(alone.lengths[0])
@@ -57,7 +57,7 @@ def test_batch_gives_what_each_gives_alone(merge_after: int | None, stack: int, 
 
 
 def test_layers_on_top_join_frames() -> None:
-    encoder = tiny(merge_after=None, top=TOP).encoder
+    encoder = tiny(stack=1, top=TOP).encoder
     assert isinstance(encoder, ExtendedEncoder)
     features, lengths = torch.randn(1, 30, 80), torch.tensor([30])  # 15 frames of the base: the last one is joined with silence
     below = encoder.base(features, lengths).frames[0]
@@ -86,6 +86,13 @@ def test_windows_cover_long_audio_once(seconds: float) -> None:
         assert w.start == 0 or w.keep_from - w.start >= 196  # two seconds of context, less a frame of rounding
     output = model.log_probs_of([noise(seconds, 3)])
     assert output.lengths.tolist() == [-(-frames // 4)]
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.5, 3.0, 4.0, 5.0])
+def test_short_windows_cover_long_audio_once(seconds: float) -> None:
+    windows = tiny(window_seconds=seconds).windowing().of(0, 3001)
+    assert [w.keep_from for w in windows] == [0, *(w.keep_to for w in windows[:-1])] and windows[-1].keep_to == 3001
+    assert all(w.start <= w.keep_from < w.keep_to <= w.end and w.end - w.start <= 100 * seconds for w in windows)
 
 
 def test_stitched_windows_are_those_of_the_encoder() -> None:
@@ -182,7 +189,7 @@ def test_an_auxiliary_head_can_be_the_model(tmp_path: Path, layer: int) -> None:
 def test_an_auxiliary_head_of_whisper() -> None:
     torch.manual_seed(0)
     vocabulary = CharacterVocabulary(CHARACTERS)
-    encoder = WhisperEncoder(WhisperDims(mels=80, dim=16, layers=3, heads=2, positions=100, merge_after=1))
+    encoder = WhisperEncoder(WhisperDims(mels=80, dim=16, layers=3, heads=2, positions=100))
     model, features, lengths = CtcModel(encoder, vocabulary, aux={2: vocabulary}).eval(), torch.randn(1, 50, 80), torch.tensor([50])
     with torch.inference_mode():
         torch.testing.assert_close(model.ending_at(2)(features, lengths).log_probs, model.heads(features, lengths).aux[2].log_probs)
@@ -190,8 +197,8 @@ def test_an_auxiliary_head_of_whisper() -> None:
         hidden[:, 10:20] = True
         expected = model(torch.where(hidden, features.mean(), features), lengths).log_probs
         torch.testing.assert_close(model.heads(features, lengths, hidden=hidden).main.log_probs, expected)
-    with pytest.raises(ValueError, match=r"layer 1 is to be tapped, but only 2 \.\. 3"):
-        CtcModel(encoder, vocabulary, aux={1: vocabulary}).heads(features, lengths)
+    with pytest.raises(ValueError, match=r"layer 4 is to be tapped, but only 1 \.\. 3"):
+        CtcModel(encoder, vocabulary, aux={4: vocabulary}).heads(features, lengths)
 
 
 SMALL = {

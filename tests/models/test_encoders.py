@@ -52,10 +52,9 @@ def test_gives_what_hugging_face_gives_on_full_length(tmp_path: Path) -> None:
     torch.testing.assert_close(got.frames, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("merge_after", [None, 0, 2])
-def test_padding_changes_nothing(merge_after: int | None) -> None:
+def test_padding_changes_nothing() -> None:
     torch.manual_seed(1)
-    encoder = WhisperEncoder(WhisperDims(mels=20, dim=16, layers=3, heads=2, positions=50, merge_after=merge_after)).eval()
+    encoder = WhisperEncoder(WhisperDims(mels=20, dim=16, layers=3, heads=2, positions=50)).eval()
     _require_padding_invariant(encoder, [torch.randn(n, 20) for n in LENGTHS])
 
 
@@ -68,17 +67,8 @@ def test_what_lies_beyond_the_length_is_not_heard() -> None:
         torch.testing.assert_close(encoder(features, torch.tensor([41])).frames, encoder(other, torch.tensor([41])).frames)
 
 
-def test_merging_starts_as_the_mean_of_two_frames() -> None:
-    encoder = WhisperEncoder(WhisperDims(mels=20, dim=16, layers=2, heads=2, positions=50, merge_after=1))
-    assert encoder.merge is not None
-    one, two = torch.randn(2, 3, 16)
-    torch.testing.assert_close(encoder.merge(torch.cat([one, two], -1)), (one + two) / 2)
-    with pytest.raises(ValueError, match=r"merge_after is 2, expected 0 \.\. 1"):
-        WhisperEncoder(WhisperDims(layers=2, merge_after=2))
-
-
 def test_settings_build_the_same_encoder() -> None:
-    encoder = WhisperEncoder(WhisperDims(mels=20, dim=16, layers=2, heads=2, positions=50, merge_after=1))
+    encoder = WhisperEncoder(WhisperDims(mels=20, dim=16, layers=2, heads=2, positions=50))
     again = encoder_from_settings(encoder.settings())
     again.load_state_dict(encoder.state_dict())
     assert again.settings() == encoder.settings()

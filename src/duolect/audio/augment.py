@@ -12,6 +12,8 @@ import soxr
 from duolect.audio.io import SAMPLE_RATE
 from duolect.config import registered
 
+SILENT = 0.25  # share of digital silence in what has no speech
+
 
 @registered
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class SpecAugment:
 @registered
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly to augment. Chances in 0..1, SNR in dB."""
+    """How strongly to augment. Chances in 0..1, SNR in dB. speechless: the chance that an utterance is replaced by noise or silence alone,
+    where nothing is to be recognized."""
 
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
     noise_chance: float = 0.5
     snr_db: tuple[float, float] = (5.0, 30.0)
+    speechless: float = 0.0
     spec: SpecAugment | None = field(default_factory=SpecAugment)
 
 
@@ -85,6 +89,14 @@ def noise(samples: int, random: np.random.Generator, *, others: Sequence[np.ndar
     spectrum = random.standard_normal(size // 2 + 1) + 1j * random.standard_normal(size // 2 + 1)
     spectrum /= np.maximum(np.arange(size // 2 + 1), size * 20 / SAMPLE_RATE) ** exponent  # flat below 20 Hz
     return np.fft.irfft(spectrum)[:samples].astype(np.float32)
+
+
+def speechless(samples: int, random: np.random.Generator) -> np.ndarray:
+    """Samples [N] without speech: digital silence, or noise of a random colour, -80 to -15 dB below full scale."""
+    if random.random() < SILENT:
+        return np.zeros(samples, np.float32)
+    sound = noise(samples, random)
+    return (sound / (np.std(sound) + 1e-12) * 10 ** (random.uniform(-80.0, -15.0) / 20)).astype(np.float32)
 
 
 def hidden_features(frames: int, mels: int, random: np.random.Generator, settings: SpecAugment, *, step: int) -> np.ndarray:

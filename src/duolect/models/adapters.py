@@ -27,10 +27,11 @@ class AdapterDims:
 
     concat: `factor` frames side by side, one linear layer (SLAM-ASR, arXiv 2402.08846; paper.md 1.8: 2). conv: a convolution of that
     stride over twice as many frames. ctc: the mean of the neighbouring frames whose likeliest CTC label is the same, blank frames left
-    out (Gaido et al., arXiv 2102.01578). labels (ctc only): the mean CTC posterior of those frames, blank aside, times a matrix of label
-    embeddings is added, which begins as the language model's own embeddings of the labels' text.
+    out (Gaido et al., arXiv 2102.01578).
     words: the CTC head's greedy transcript in the language model's labels, each one's embedding and a linear layer of the mean of its
     frames added; a word's frames are shared evenly among its labels.
+    labels (ctc and words): the mean CTC posterior of those frames, blank aside, times a matrix of label embeddings is added, which begins
+    as the language model's own embeddings of the labels' text. It says what else may have been said; among words it begins at nought.
     """
 
     kind: Literal["concat", "conv", "ctc", "words"] = "concat"
@@ -40,8 +41,8 @@ class AdapterDims:
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise ValueError(f"an adapter of factor {self.factor} makes no sense: give 1 or more")
-        if self.labels and self.kind != "ctc":
-            raise ValueError(f"an adapter of kind {self.kind} has no labels to embed: set kind=ctc or labels=false")
+        if self.labels and self.kind not in ("ctc", "words"):
+            raise ValueError(f"an adapter of kind {self.kind} has no labels to embed: set kind=ctc, kind=words or labels=false")
 
 
 class Adapter(nn.Module):
@@ -73,6 +74,7 @@ class Adapter(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.0 if text else spread / (width * reach) ** 0.5)
         nn.init.zeros_(self.linear.bias)
         self.labels = None if embeddings is None else nn.Embedding.from_pretrained(embeddings.clone(), freeze=False)
+        self.gate = nn.Parameter(torch.zeros(out)) if dims.kind == "words" and self.labels is not None else None
 
     def forward(self, encoded: Encoded, ctc: CtcOutput, embed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """(positions [B, T', W], zero beyond their lengths, lengths [B] >= 1) of an encoder's frames and its CTC output at frame rate.
@@ -87,6 +89,8 @@ class Adapter(nn.Module):
             # Where nothing was heard, the one position is the mean of all frames alone.
             out = self.linear(means(encoded.frames, segment, labels.shape[1]))
             out = out + embed(labels.clamp(min=0)).to(out.dtype) * (labels >= 0)[..., None]
+            if self.gate is not None:
+                out = out + self.gate * self._likely(ctc, segment, labels.shape[1]).to(out.dtype)
         elif self.dims.kind == "conv":
             out, lengths = self._convolved(encoded)
         else:
@@ -127,10 +131,15 @@ class Adapter(nn.Module):
         segment, lengths = segments(ctc.log_probs.argmax(2), encoded.lengths, blank=self.blank)
         out = self.linear(means(encoded.frames, segment, int(lengths.max())))
         if self.labels is not None:
-            spoken = torch.arange(ctc.log_probs.shape[2], device=out.device) != self.blank
-            posterior = means((ctc.log_probs.exp() * spoken).to(out.dtype), segment, int(lengths.max()))
-            out = out + posterior / posterior.sum(2, keepdim=True).clamp(min=1e-6) @ self.labels.weight
+            out = out + self._likely(ctc, segment, int(lengths.max())).to(out.dtype)
         return out, lengths
+
+    def _likely(self, ctc: CtcOutput, segment: Tensor, count: int) -> Tensor:
+        """[B, count, W] embeddings of the labels, by the mean posterior of each segment's frames, blank aside."""
+        assert self.labels is not None
+        spoken = torch.arange(ctc.log_probs.shape[2], device=segment.device) != self.blank
+        posterior = means((ctc.log_probs.exp() * spoken).to(self.labels.weight.dtype), segment, count)
+        return posterior / posterior.sum(2, keepdim=True).clamp(min=1e-6) @ self.labels.weight
 
     def _written(self, encoded: Encoded, ctc: CtcOutput) -> tuple[Tensor, Tensor, Tensor]:
         """([B, T] which position a frame belongs to, [B, T'] the language model's label of each position, -1 for none in both; [B])."""

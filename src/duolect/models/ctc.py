@@ -203,12 +203,14 @@ class CtcModel(FolderModel, AcousticModel):
 
         head: the layer of an auxiliary head that is to be the model's head; the layers above it are left out, and so are other heads.
         """
-        folder = Path(folder)
-        config = read_config(folder)
-        model = cls.of_config(config, folder)
-        place = folder
-        while source := read_config(place).get("sources", {}).get("ctc"):  # of a speech LLM whose encoder rested
+        place = folder = Path(folder)
+        config = trained = read_config(folder)
+        while source := config.get("sources", {}).get("ctc"):  # of a speech LLM whose encoder rested
             place = Path(resolve(source))
+            config = read_config(place)
+        if config.get("vocabulary") != trained.get("vocabulary"):
+            raise ModelError(f"{folder}: was trained on {place}, which has other units now: get the CTC model it was trained on")
+        model = cls.of_config(config, place)
         others = ("decoder.", "adapter.", "cross.", "audio_head.", "llm.")
         load_weights(model.state_dict(), place, ignore=others, given=_given(model.encoder))
         if spotter := spotter_of(model.encoder):

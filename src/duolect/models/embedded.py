@@ -146,9 +146,8 @@ MODELS: Mapping[str, Embedded] = {
 }
 SHIPPED_MODELS = {
     "duolect-ctc": ("ctc", "English CTC that copies from Whisper base's decoder, 2,000 pieces at 25 Hz (needs whisper-base)", "Apache-2.0"),
-    "duolect-ctc-plain": ("ctc-plain", "English CTC on Whisper base's encoder alone; what duolect-sllm hears", "Apache-2.0"),
     "duolect-lm": ("lm", "SmolLM2-135M fitted to transcripts, low-rank (needs smollm2-135m)", "Apache-2.0"),
-    "duolect-sllm": ("speech-llm", "speech LLM: duolect-lm hears duolect-ctc-plain, low-rank (needs smollm2-135m)", "Apache-2.0"),
+    "duolect-sllm": ("speech-llm", "speech LLM: duolect-lm hears duolect-ctc, low-rank (needs smollm2-135m)", "Apache-2.0"),
     "duolect-unit-lm": ("unit-lm", "small causal Transformer in the units of duolect-ctc", "Apache-2.0"),
 }
 

@@ -64,14 +64,13 @@ def frame_mask(lengths: Tensor, frames: int) -> Tensor:
 
 @dataclass(frozen=True)
 class WhisperDims:
-    """The size of a Whisper encoder. merge_after: layers that run at 50 Hz before adjacent frames are merged to 25 Hz; None: all do."""
+    """The size of a Whisper encoder."""
 
     mels: int = 80
     dim: int = 512
     layers: int = 6
     heads: int = 8
     positions: int = 1500
-    merge_after: int | None = None
 
 
 class WhisperEncoder(Encoder):
@@ -83,24 +82,21 @@ class WhisperEncoder(Encoder):
 
     def __init__(self, dims: WhisperDims) -> None:
         super().__init__()
-        if dims.merge_after is not None and dims.merge_after not in range(dims.layers):
-            raise ValueError(f"merge_after is {dims.merge_after}, expected 0 .. {dims.layers - 1}: a layer must follow")
         self.dims = dims
         self.dim, self.mels, self.depth, self.max_seconds = dims.dim, dims.mels, dims.layers, dims.positions * 0.02
-        self.seconds_per_frame = 0.02 if dims.merge_after is None else 0.04
+        self.seconds_per_frame = 0.02
         self.conv1 = nn.Conv1d(dims.mels, dims.dim, 3, padding=1)
         self.conv2 = nn.Conv1d(dims.dim, dims.dim, 3, stride=2, padding=1)
         self.embed_positions = nn.Embedding(dims.positions, dims.dim)
         self.embed_positions.requires_grad_(False)
         self.layers = nn.ModuleList(_Layer(dims.dim, dims.heads) for _ in range(dims.layers))
-        self.merge = None if dims.merge_after is None else _mean_of_two(dims.dim)
         self.layer_norm = nn.LayerNorm(dims.dim)
 
     def features(self, audio: Tensor) -> Tensor:
         return whisper_log_mel(audio, mels=self.mels)
 
     def forward(self, features: Tensor, lengths: Tensor, *, taps: Sequence[int] = (), hidden: Tensor | None = None) -> Encoded:
-        require_layers(taps, self.depth, first=1 + (self.dims.merge_after or 0))
+        require_layers(taps, self.depth, first=1)
         x = features * frame_mask(lengths, features.shape[1])[..., None]
         if hidden is not None:
             mean = x.sum((1, 2), keepdim=True) / (lengths[:, None, None] * self.mels)
@@ -113,9 +109,6 @@ class WhisperEncoder(Encoder):
         x = x + self.embed_positions.weight[: x.shape[1]]
         mask, tapped = frame_mask(lengths, x.shape[1]), {}
         for i, layer in enumerate(self.layers):
-            if self.merge is not None and i == self.dims.merge_after:
-                x, lengths = stack_frames(x, lengths, 2)
-                x, mask = self.merge(x), frame_mask(lengths, x.shape[1])
             x = layer(x, mask[:, None, None])
             if i + 1 in taps:
                 tapped[i + 1] = self.layer_norm(x) * mask[..., None]
@@ -125,7 +118,7 @@ class WhisperEncoder(Encoder):
         return {"type": "whisper", **asdict(self.dims)}
 
     @classmethod
-    def from_whisper(cls, folder: str | Path, *, merge_after: int | None = None) -> WhisperEncoder:
+    def from_whisper(cls, folder: str | Path) -> WhisperEncoder:
         """The encoder of a Hugging Face Whisper folder (config.json, model.safetensors)."""
         config = json.loads((Path(folder) / "config.json").read_text())
         dims = WhisperDims(
@@ -134,14 +127,11 @@ class WhisperEncoder(Encoder):
             config["encoder_layers"],
             config["encoder_attention_heads"],
             config["max_source_positions"],
-            merge_after,
         )
         encoder, prefix = cls(dims), "model.encoder."
         with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             names = list(file.keys())
             weights = {name.removeprefix(prefix): file.get_tensor(name).float() for name in names if name.startswith(prefix)}
-        if encoder.merge is not None:
-            weights |= {f"merge.{name}": value for name, value in encoder.merge.state_dict().items()}
         encoder.load_state_dict(weights)
         return encoder
 
@@ -182,15 +172,6 @@ def stack_frames(frames: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, T
     frames = frames * frame_mask(lengths, frames.shape[1])[..., None]
     frames = F.pad(frames, (0, 0, 0, -frames.shape[1] % count))
     return frames.reshape(frames.shape[0], -1, count * frames.shape[2]), (lengths + count - 1) // count
-
-
-def _mean_of_two(dim: int) -> nn.Linear:
-    """[2 D] -> [D], at first the mean of the two frames, so that pretrained layers above still know what they see."""
-    merge = nn.Linear(2 * dim, dim)
-    with torch.no_grad():
-        merge.weight.copy_(torch.cat([torch.eye(dim), torch.eye(dim)], 1) / 2)
-        merge.bias.zero_()
-    return merge
 
 
 class _Layer(nn.Module):

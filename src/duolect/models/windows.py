@@ -39,6 +39,7 @@ class Windowing:
         """Windows over `size` units, equally long, at multiples of an output frame; what they keep covers everything once."""
         step = 2 * self.per_frame
         longest, overlap = (int(s * self.per_second) // step * step for s in (self.seconds, OVERLAP_SECONDS))
+        overlap = min(overlap, longest // 2 // step * step)  # of an encoder that hears little at once
         if size <= longest:
             return [Window(utterance, 0, size, 0, size)]
         count = -(-(size - overlap) // (longest - overlap))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from duolect.audio.augment import random_for
@@ -54,12 +55,11 @@ class Units:
 @registered
 @dataclass(frozen=True)
 class FromWhisper:
-    """Whisper's encoder. merge_after: layers above it run at 25 Hz (None: all at 50); frozen: layers at rest, from below (with the
-    convolutions). spotter: its decoder is heard, too, at 25 Hz, asked in windows of (back, ahead) frames of 20 ms; it learns in low-rank
-    paths, or all of it where spotter_lora is None."""
+    """Whisper's encoder. frozen: layers at rest, from below (with the convolutions). top: layers above it, which may join frames. spotter:
+    its decoder is heard, too, at 25 Hz, asked in windows of (back, ahead) frames of 20 ms; it learns in low-rank paths, or all of it
+    where spotter_lora is None."""
 
     whisper: str = "whisper-base"
-    merge_after: int | None = 2
     frozen: int = 2
     top: TopDims | None = None
     spotter: tuple[int, int] | None = None
@@ -248,11 +248,23 @@ def _speech_llm(experiment: AsrExperiment, part: LlmPart, ctc: CtcModel, *, name
     if part.heads:
         ctc = ctc.with_heads(dict.fromkeys(part.heads, with_blank(vocabulary)))
     sources = {"llm": part.model} if part.dims.pretrained and part.dims.learns != "all" else {}
-    if named and isinstance(experiment.encoder, FromModel) and not (experiment.start or part.heads):
+    if named and isinstance(experiment.encoder, FromModel) and not (part.heads or _holds_encoder(experiment.start)):
         sources["ctc"] = experiment.encoder.model
     # A folder is found again from any other one.
     sources = {part: str(Path(name).resolve()) if Path(name).exists() else name for part, name in sources.items()}
     return SpeechLlm(ctc, llm, vocabulary, part.dims, sources=sources)
+
+
+def _holds_encoder(start: str) -> bool:
+    """Whether a warm start may change the encoder; a speech LLM's folder need not hold one."""
+    if not start:
+        return False
+    try:
+        with safe_open(Path(resolve(start)) / "model.safetensors", "pt") as file:
+            names = list(file.keys())
+            return any(name.startswith("encoder.") for name in names)
+    except (OSError, SafetensorError):
+        return True  # which the warm start will say
 
 
 def _start(experiment: AsrExperiment) -> CtcModel | AedModel:
@@ -273,7 +285,7 @@ def _encoder(config: ConformerDims | FromWhisper | FromModel) -> Encoder | CtcMo
             return CtcModel.load(place)
         return WhisperEncoder.from_whisper(place) if kind.get("model_type") == "whisper" else HuggingFaceEncoder.load(place)
     if config.spotter is None:
-        encoder = whisper = WhisperEncoder.from_whisper(resolve(config.whisper), merge_after=config.merge_after)
+        encoder = whisper = WhisperEncoder.from_whisper(resolve(config.whisper))
     else:
         source = str(Path(config.whisper).resolve()) if Path(config.whisper).exists() else config.whisper  # found from any folder
         encoder = SpottingEncoder.from_whisper(source, back=config.spotter[0], ahead=config.spotter[1], lora=config.spotter_lora)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duolect.audio.augment import Augmentation, augment_audio, hidden_features, random_for, speed_for
+from duolect.audio.augment import Augmentation, augment_audio, hidden_features, random_for, speechless, speed_for
 from duolect.audio.features import HOP, SECONDS_PER_FRAME
 from duolect.audio.io import AudioError
 from duolect.config import registered
@@ -216,26 +216,27 @@ class AsrTask(Task[Heard, AsrBatch]):
     def _row(self, heard: Heard, place: Place) -> tuple[Tensor, np.ndarray | None, Labelled] | None:
         """(audio [N] or kept frames [T, D], hidden features [F, mels], the item); None where the audio cannot be read."""
         settings, versions = self.corpora[heard.corpus][0].augment, self.learning.kept_versions
-        version = self._version(place.epoch)
-        utterance = heard.item.utterance
+        version, utterance = self._version(place.epoch), heard.item.utterance
         random = random_for(self.seed, version, utterance.id)
+        chance = random_for(self.seed, version, utterance.id, "speechless")
+        silent = bool(chance.random() < settings.speechless)
+        item = Labelled(replace(utterance, text=""), ()) if silent else heard.item
         try:
             if versions and (_place(utterance), version) in self._frames:
-                return self._partly_hidden(self._frames[_place(utterance), version], heard, place), None, heard.item
+                return self._partly_hidden(self._frames[_place(utterance), version], heard, place), None, item
             others = self.corpora[heard.corpus][1]
             babble = [self._sound(others[i].utterance) for i in random.integers(0, len(others), 4)] if settings.noise_chance else []
-            audio = torch.from_numpy(
-                augment_audio(self._sound(utterance), random, settings, speed=self._speed(heard, place.epoch), others=babble)
-            )
+            sound = augment_audio(self._sound(utterance), random, settings, speed=self._speed(heard, place.epoch), others=babble)
+            audio = torch.from_numpy(speechless(len(sound), chance) if silent else sound)
         except AudioError as error:
             self._cannot_read(utterance, error)
             return None
         if versions:
             self._frames[_place(utterance), version] = frames = self._encoded(audio).half()
-            return self._partly_hidden(frames, heard, place), None, heard.item
+            return self._partly_hidden(frames, heard, place), None, item
         spec, mels = settings.spec, self.ctc.encoder.mels
         hidden = None if spec is None else hidden_features(-(-len(audio) // HOP), mels, random, spec, step=place.step)
-        return audio, hidden, heard.item
+        return audio, hidden, item
 
     def _partly_hidden(self, frames: Tensor, heard: Heard, place: Place) -> Tensor:
         """Kept frames [T, D], stretches of time and of channels set to 0, anew in each epoch: SpecAugment behind the encoder."""
