@@ -157,6 +157,30 @@ def test_a_class_may_check_itself():
         with_overrides(Positive(1), {"value": "-1"})
 
 
+@registered
+@dataclass(frozen=True)
+class Range:
+    low: int = 0
+    high: int = 1
+
+    def __post_init__(self):
+        if self.low >= self.high:
+            raise ValueError(f"low must be under high, got {self.low} and {self.high}")
+
+
+@dataclass(frozen=True)
+class HasRange:
+    inner: Range = Range()
+
+
+@pytest.mark.parametrize("overrides", [{"inner.low": "7", "inner.high": "9"}, {"inner.high": "-1", "inner.low": "-3"}])
+def test_the_order_of_overrides_is_free(overrides):
+    """Each of them alone would make no range."""
+    assert with_overrides(HasRange(), overrides) == with_overrides(HasRange(), dict(reversed(overrides.items())))
+    with pytest.raises(ConfigError, match=r"^inner: low must be under high, got 7 and 1$"):
+        with_overrides(HasRange(), {"inner.low": "7"})
+
+
 def test_digest_and_diff():
     assert digest(RECIPE) == digest(replace(RECIPE, scales={"llm": 0.5})) == digest(to_json(RECIPE))
     assert digest(Optimizer(peak=1)) == digest(Optimizer(peak=1.0))

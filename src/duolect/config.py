@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -74,12 +75,13 @@ def with_overrides(config: C, overrides: Mapping[str, Any]) -> C:
     """The config with the named fields replaced: {"train.steps": "3", "model.blocks.0.dim": 64, "scales.llm": "0.3"}.
 
     Text is read by the field's type: 3, 0.5, true, none, "a,b" or [..] for tuples, {"type": ...} or a class name for a nested config.
+    What fields must be together is asked when all are set, so that their order is free.
     """
     for dotted, value in overrides.items():
         if not dotted:
             raise ConfigError("an override needs a dotted field name, got ''")
         config = _replaced(config, type(config), dotted.split("."), value, "", root=config)
-    return config
+    return _made_anew(config, "")
 
 
 # ---- types -------------------------------------------------------------------------------------------------------------------------
@@ -298,7 +300,9 @@ def _replaced(value: Any, hint: Any, path: Sequence[str], new: Any, where: str, 
             places = elsewhere | {n: _join(where, n) for n in fields}
             raise _unknown(f"{inner}: unknown field of {type(value).__name__}", path[-1], fields, places)
         changed = _replaced(getattr(value, name), fields[name][0], path[1:], new, inner, root=root)
-        return _made(type(value), {**{k: getattr(value, k) for k in fields}, name: changed}, where)
+        changing = copy.copy(value)
+        object.__setattr__(changing, name, changed)
+        return changing
     if isinstance(value, Mapping):
         if len(path) > 1 and name not in value:
             raise _unknown(f"{inner}: no such entry", name, list(value))
@@ -309,6 +313,18 @@ def _replaced(value: Any, hint: Any, path: Sequence[str], new: Any, where: str, 
         i = int(name)
         return (*value[:i], _replaced(value[i], _inside(hint, tuple, i), path[1:], new, inner, root=root), *value[i + 1 :])
     raise ConfigError(f"{inner}: {where} is {_show(value)} and has no fields; set it whole first: {where}='{{\"{_TAG}\": ...}}'")
+
+
+def _made_anew(value: Any, where: str) -> Any:
+    """The value with all constructors called again, the innermost first."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {name: _made_anew(getattr(value, name), _join(where, name)) for name in _fields(type(value), where)}
+        return _made(type(value), parts, where)
+    if isinstance(value, Mapping):
+        return {name: _made_anew(part, _join(where, name)) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_made_anew(part, _join(where, i)) for i, part in enumerate(value))
+    return value
 
 
 def _inside(hint: Any, kind: type, index: int) -> Any:

@@ -50,6 +50,10 @@ class Scorer(ABC, Generic[State]):
     def finish(self, state: State) -> Tensor:
         """[R] log p(eos | history), plus the score of whatever the scorer still held back."""
 
+    def bound(self, state: State) -> Tensor | None:
+        """[R, V] at least what each label will score, or None where nothing is known of it: for pruning, never part of a score."""
+        return None
+
     @abstractmethod
     def select(self, state: State, rows: Tensor) -> State:
         """The state whose row i is row rows[i] (int64 [N]) of this one."""

@@ -32,6 +32,7 @@ class Vocabulary(ABC):
     blank: int | None
     bos: int
     eos: int
+    continued: str = ""  # what stands before pieces that go on with a word, where all others begin one (WordPiece: `##`)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -77,7 +78,8 @@ class Vocabulary(ABC):
         """What each label adds to a text that is there already: ` the`, `ing`, a space for a separator, nothing for special labels."""
         texts = (self.decode([i]) for i in range(self.size))
         return tuple(
-            " " * (start or x != x.lstrip()) + x.strip().removeprefix("##") for start, x in zip(self.word_starts, texts, strict=True)
+            " " * (start or x != x.lstrip()) + x.strip().removeprefix(self.continued)
+            for start, x in zip(self.word_starts, texts, strict=True)
         )
 
     def described(self) -> str:
@@ -234,7 +236,9 @@ class TokenizerVocabulary(Vocabulary):
         self.eos = ends[0]
         self.bos = next(x for x in (bos, own_bos, self.eos) if x is not None)
         self._special = set(tokenizer.all_special_ids) | {self.bos, self.eos} | ({blank} if blank is not None else set())
-        self._continues = any(p.startswith("##") for p in self._pieces)
+        starts = {p[:2] for p in self._pieces} | {p[:1] for p in self._pieces}
+        # Byte-level tokenizers have "##", too: a heading, and no mark of a word that goes on.
+        self.continued = "##" if "##" in starts and not starts & {"Ġ", "▁"} else ""
 
     @classmethod
     def load(cls, folder: str | Path, *, bos: int | None = None, eos: int | None = None, blank: int | None = None) -> TokenizerVocabulary:
@@ -257,7 +261,7 @@ class TokenizerVocabulary(Vocabulary):
         if label in self._special:
             return False
         piece = self.piece(label)
-        return not piece.startswith("##") if self._continues else piece.startswith(("Ġ", "▁", "Ċ", " "))
+        return not piece.startswith(self.continued) if self.continued else piece.startswith(("Ġ", "▁", "Ċ", " "))
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(str(folder))

@@ -101,7 +101,8 @@ def test_a_speech_llm_learns_the_same_in_copies_and_in_shards(zoo: dict[str, Pat
     vocabulary.save(tmp_path / "llm")
     data = ["--train", str(zoo["corpus"]), "--dev", str(zoo["corpus"])]
     options = [f"encoder.model={zoo['am']}", f"units.folder={zoo['am']}", f"llm.model={tmp_path / 'llm'}", f"llm.dims.learns={learns}"]
-    options += ["llm.dims.adapter.kind=concat", "llm.dims.encoder=learn", "llm.dims.before=ab", "llm.dims.after=", "llm.dims.begin="]
+    options += ["llm.dims.adapter.kind=concat", "llm.dims.adapter.labels=false"]
+    options += ["llm.dims.encoder=learn", "llm.dims.before=ab", "llm.dims.after=", "llm.dims.begin="]
     options += ["llm.dims.lora.dropout=0", "training.precision=fp32", "training.seconds=null", "training.steps=6", "held_out=0"]
     options += ["max_share_lost=0.9", "learning.kept_versions=0", "learning.batch_seconds=20", "learning.decoder_check=0"]
     options += ["training.learning_rates.encoder=1e-3", "training.learning_rates.top=1e-3", "corpora.0.augment.noise_chance=0"]

@@ -6,7 +6,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,10 +38,13 @@ from duolect.search.fusion import (
 from duolect.search.label import label_beam_search
 from duolect.search.prefix import CtcPrefix
 from duolect.search.reduce import prune_labels, soft_collapse
+from duolect.search.spelled import Spelled
 from duolect.vocabulary import Vocabulary
 
 for _schedule in (AtEnd, AtWordEnd, Draft, Every, EveryLabel, ShortestHypothesis, TextPolicy):
     registered(_schedule)
+
+S = TypeVar("S", bound=Scorer[Any])
 
 
 @dataclass
@@ -58,13 +62,13 @@ class Batch:
     models: Models
     seconds_per_frame: float
     borrowed: float = 0.0
-    _shared: dict[str, tuple[Scorer[Any], float]] = field(default_factory=dict)
+    _shared: dict[str, tuple[Any, float]] = field(default_factory=dict)
 
     def most_labels(self, per_second: float) -> Tensor:
         """[B] how many labels an output may have by the length of its audio."""
         return most_labels(self.output.lengths * self.seconds_per_frame, per_second)
 
-    def shared(self, name: str, make: Callable[[], Scorer[Any]]) -> Scorer[Any]:
+    def shared(self, name: str, make: Callable[[], S]) -> S:
         """The scorer of that name, made when first asked for."""
         if name in self._shared:
             scorer, seconds = self._shared[name]
@@ -93,6 +97,16 @@ WRITTEN = {
 def policy_of(scorer: Any) -> TextPolicy:
     """How words are written for a scorer or model by what it says itself: `written` (see WRITTEN) or `writing` (an n-gram)."""
     return WRITTEN.get(getattr(scorer, "written", "")) or TextPolicy(**getattr(scorer, "writing", {}))
+
+
+@lru_cache(maxsize=8)
+def foreign(vocabulary: Vocabulary, policy: TextPolicy) -> Tensor | None:
+    """[V] bool: the labels with signs that are never in text of this writing; None where all may be."""
+    if policy.punctuation != "drop" or policy.case not in ("lower", "upper"):
+        return None
+    texts = [vocabulary.decode([label]) for label in range(vocabulary.size)]
+    cased = (x.upper() if policy.case == "upper" else x.lower() for x in texts)
+    return torch.tensor([x != y or any(not (c.isalnum() or c in " '") for c in x) for x, y in zip(texts, cased, strict=True)])
 
 
 def reduced(output: CtcOutput, vocabulary: Vocabulary, *, collapse: float | None, keep_labels: int | None) -> CtcOutput:
@@ -245,7 +259,7 @@ class Ctc(Term):
     scale: float = 1.0
     when: Schedule = field(default_factory=EveryLabel)
     policy: TextPolicy = field(default_factory=lambda: WRITTEN["lower"])
-    otherwise: Schedule | None = field(default_factory=lambda: EveryLabel(lookahead=False))  # it hears words, and cannot look ahead of them
+    otherwise: Schedule | None = field(default_factory=lambda: EveryLabel(lookahead=False))  # it reads what others propose
     model: str = ""
     collapse: float | None = None
     keep_labels: int | None = None
@@ -253,13 +267,19 @@ class Ctc(Term):
     def load(self, models: Models, acoustic: str) -> None:
         models.acoustic(self.model or acoustic)
 
-    def native(self, batch: Batch) -> Scorer[Any]:
+    def native(self, batch: Batch) -> CtcPrefix:
         if not self.model:
             return self._prefix(batch.output, batch.vocabulary)
         model = batch.models.acoustic(self.model)
         return batch.shared(f"ctc {self.model}", lambda: self._prefix(model.log_probs_of(batch.audios), model.vocabulary))
 
-    def _prefix(self, output: CtcOutput, vocabulary: Vocabulary) -> Scorer[Any]:
+    def fused(self, batch: Batch, vocabulary: Vocabulary) -> Fused:
+        scorer = self.native(batch)
+        if scorer.vocabulary.digest() == vocabulary.digest():
+            return super().fused(batch, vocabulary)
+        return Fused(scorer=Spelled(scorer, vocabulary, policy=self.spelling(batch)), scale=self.scale, when=self.asked(same=False))
+
+    def _prefix(self, output: CtcOutput, vocabulary: Vocabulary) -> CtcPrefix:
         output = reduced(output, vocabulary, collapse=self.collapse, keep_labels=self.keep_labels)
         return CtcPrefix(output.log_probs, output.lengths, vocabulary=vocabulary)
 
@@ -424,7 +444,9 @@ class LabelSynchronous(Decoding):
 
     length_exponent normalizes by length (AED or speech LLM alone; off with CTC). labels_per_second bounds the output by the audio;
     ends `apart` (with CTC): every hypothesis may end at every step, in a list beside the beam, judged by all terms in full.
-    repeats: a hypothesis that says the same so many times in a row is made to end.
+    repeats: a hypothesis that says the same so many times in a row is made to end. proposals: so many times `beam` hypotheses are
+    proposed where terms in other vocabularies choose among them. as_learned (with CTC): a model that learned from text in lower case
+    without punctuation says nothing else.
     """
 
     terms: Mapping[str, Term]
@@ -433,6 +455,8 @@ class LabelSynchronous(Decoding):
     labels_per_second: float = 10.0
     ends: Literal["beam", "apart"] = "beam"
     repeats: int | None = None
+    proposals: int = 2
+    as_learned: bool = True
 
     @property
     def hears_ctc(self) -> bool:
@@ -453,6 +477,8 @@ class LabelSynchronous(Decoding):
             length_exponent=self.length_exponent,
             ends=self.ends,
             repeats=self.repeats,
+            proposals=self.proposals,
+            never=foreign(first.vocabulary, term.spelling(batch)) if others and self.as_learned else None,
         )
 
     def scales(self) -> Mapping[str, float]:

@@ -110,8 +110,8 @@ def _alone(x: Ingredients, part: str, beam: int | None = None, *, exponent: floa
     return LabelSynchronous(_hears(x, part, scaled=False), beam or x.label_beam, length_exponent=exponent)
 
 
-def _joint(x: Ingredients, part: str) -> Decoding:
-    return LabelSynchronous({**_hears(x, part), "ctc": Ctc()}, x.label_beam, ends="apart")
+def _joint(x: Ingredients, part: str, beams: int = 1) -> Decoding:
+    return LabelSynchronous({**_hears(x, part), "ctc": Ctc()}, beams * x.label_beam, ends="apart")
 
 
 def _timed(x: Ingredients, part: str, when: Schedule, beam: int) -> Decoding:
@@ -153,7 +153,7 @@ PRESETS: Mapping[str, Preset] = {
     "sllm-length": Preset("Speech LLM beam, length norm", lambda x: _alone(x, "sllm", exponent=1.0)),
     "sllm+ctc-rescore": Preset("CTC + speech LLM, n-best rescoring", lambda x: _timed(x, "sllm", AtEnd(), x.nbest), "sllm"),
     "sllm+ctc-time": Preset("Speech LLM + CTC, time-synchronous", lambda x: _timed(x, "sllm", Every(x.interval), x.beam), "sllm"),
-    "sllm+ctc-label": Preset("Speech LLM + CTC, label-synchronous", lambda x: _joint(x, "sllm"), "sllm"),
+    "sllm+ctc-label": Preset("Speech LLM + CTC, label-synchronous", lambda x: _joint(x, "sllm", 2), "sllm"),
 }
 
 FUSIONS: Mapping[str, Preset] = {

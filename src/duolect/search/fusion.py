@@ -296,13 +296,26 @@ def Retokenized(scorer: Scorer[State], vocabulary: Vocabulary, *, policy: TextPo
 
     def convert(labels: tuple[int, ...], first: bool) -> Sequence[int]:
         out: list[int] = []
-        for word in policy.words(vocabulary.decode(labels)):
-            if written := policy(word, first=first and not out):
-                out += inner.encode_word(written, first=first and not out)
+        for word in written_words(labels, vocabulary, policy, first=first):
+            out += inner.encode_word(word, first=first and not out)
         return out
 
-    starts = [start or policy.parts(vocabulary.piece(label)) for label, start in enumerate(vocabulary.word_starts)]
-    return ByWord(scorer, vocabulary, convert, end=inner.encode(policy.end) if policy.end else (), begun=begun, starts=starts)
+    starts, end = parting_starts(vocabulary, policy), inner.encode(policy.end) if policy.end else ()
+    return ByWord(scorer, vocabulary, convert, end=end, begun=begun, starts=starts)
+
+
+def written_words(labels: Sequence[int], vocabulary: Vocabulary, policy: TextPolicy, *, first: bool) -> list[str]:
+    """The words of some labels as a policy has them written, those aside of which nothing is left."""
+    out: list[str] = []
+    for word in policy.words(vocabulary.decode(labels)):
+        if written := policy(word, first=first and not out):
+            out.append(written)
+    return out
+
+
+def parting_starts(vocabulary: Vocabulary, policy: TextPolicy) -> list[bool]:
+    """Which labels begin a word, those with punctuation in front among them where the policy drops it."""
+    return [start or policy.parts(vocabulary.piece(label)) for label, start in enumerate(vocabulary.word_starts)]
 
 
 def held_to_words(scorer: Scorer[State]) -> ByWord[State]:

@@ -5,7 +5,7 @@ Legend: B utterances, K hypotheses each, R rows = B*K, V labels, L longest histo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duolect.scorer import Hypothesis
-from duolect.search.fusion import NEG, Fused, Pending, SearchError, weighted
+from duolect.search.fusion import NEG, EveryLabel, Fused, Pending, SearchError, weighted
 from duolect.vocabulary import Vocabulary
 
 LONGEST_LOOP = 24
@@ -40,7 +40,12 @@ class Beam:
     ended: Tensor  # [B, K] bool
 
     def kept(self, utterances: Tensor) -> Beam:
-        return Beam(self.score[utterances], self.history[utterances], self.length[utterances], self.ended[utterances])
+        return Beam(*(x[utterances] for x in (self.score, self.history, self.length, self.ended)))
+
+    def best(self, slots: Tensor) -> Beam:
+        """Its hypotheses [B, N] of each utterance."""
+        history = self.history.gather(1, slots[..., None].expand(-1, -1, self.history.shape[2]))
+        return Beam(self.score.gather(1, slots), history, self.length.gather(1, slots), self.ended.gather(1, slots))
 
     def rank(self, exponent: float, step: int) -> Tensor:
         """[B, K] score / length^exponent; an ended hypothesis counts its eos, as the ones still growing count this step's label."""
@@ -58,6 +63,8 @@ def label_beam_search(
     stop: Literal["best", "all"] = "best",
     ends: Literal["beam", "apart"] = "beam",
     repeats: int | None = None,
+    proposals: int = 2,
+    never: Tensor | None = None,
 ) -> list[list[Hypothesis]]:
     """Up to `beam` finished hypotheses per utterance, best first, by (sum_i scale_i * log p_i) / (labels incl. eos)^length_exponent.
 
@@ -67,19 +74,25 @@ def label_beam_search(
     gives a finished hypothesis a slot where it wins one by what the proposing scorers say; `apart` lets every hypothesis end at every
     step, judged by all scorers in full, and keeps the best of these in a list of their own: for a scorer, such as CTC, that knows what
     is left to be said, and that would otherwise be heard too late. repeats: a hypothesis that ends in so many repetitions of the same 1
-    to LONGEST_LOOP labels can only end; None: nobody looks.
+    to LONGEST_LOOP labels can only end; None: nobody looks. proposals: so many times `beam` hypotheses are proposed at a step where other
+    scorers that are due have a say in which of them stay. never: [V] bool, labels that are not proposed.
     """
     if not any(f.when.lookahead and f.scale != 0 for f in fused.values()):
         raise SearchError(
             "a label-synchronous search needs a scorer that proposes labels: one fused with EveryLabel() and a scale that is not 0"
         )
+    if proposals < 1:
+        raise SearchError(f"{proposals} proposals for each hypothesis of the beam leave none: give 1 or more")
     if beam < 1:
         raise SearchError(f"a beam of {beam} holds no hypothesis: give 1 or more")
     vocabulary = next(iter(fused.values())).scorer.vocabulary
     for name, f in fused.items():
         vocabulary.require_same(f.scorer.vocabulary, here="the search", there=name)
+    unsaid = torch.zeros(vocabulary.size, dtype=torch.bool) if never is None else never.clone()
+    unsaid[[x for x in (vocabulary.blank, vocabulary.bos) if x is not None]] = True
+    unsaid[vocabulary.eos] = False
     with torch.no_grad():
-        return _search(fused, utterances, vocabulary, beam, max_labels, length_exponent, stop, ends, repeats)
+        return _search(fused, utterances, vocabulary, beam, max_labels, length_exponent, stop, ends, repeats, proposals, unsaid)
 
 
 def _search(
@@ -92,12 +105,16 @@ def _search(
     stop: str,
     ends: str,
     repeats: int | None,
+    proposals: int,
+    unsaid: Tensor,
 ) -> list[list[Hypothesis]]:
     zero, index = torch.zeros(utterances, 1), torch.zeros(utterances, 1, dtype=torch.long)
     terms = {name: Term(f, f.scorer.start(utterances), zero, index) for name, f in fused.items()}
     limit = torch.as_tensor(max_labels).expand(utterances)
     starts = torch.tensor(vocabulary.word_starts)
     now = Beam(zero, index[..., None][..., :0], index, index > 0)
+    others = [name for name, f in fused.items() if not f.when.lookahead and f.scale != 0]
+    wide = beam * proposals if others else beam
     apart = _no_ends(utterances, beam, terms) if ends == "apart" else None
     who = torch.arange(utterances)  # the utterances still searched; finished ones leave the batch, so that no straggler holds them
     results: list[list[Hypothesis]] = [[] for _ in range(utterances)]
@@ -112,8 +129,12 @@ def _search(
         said = {n: _said(t, now, vocabulary) for n, t in terms.items() if t.fused.when.lookahead}
         if apart is not None:
             apart = _with_ends(apart, now, terms, said, vocabulary.eos, exponent)
-        now, terms = _grow(now, terms, said, only_end, vocabulary, beam, exponent, step, ending=apart is None)
-        terms = {name: _fuse(term, now, starts, step - 1) for name, term in terms.items()}
+        bounds = [_bound(terms[name], now, vocabulary) for name in others]
+        now, terms, proposed = _grow(now, terms, said, bounds, only_end, unsaid, vocabulary.eos, wide, exponent, step, ending=apart is None)
+        if others:
+            terms |= {name: _fuse(terms[name], now, starts, step - 1) for name in others}
+            now, terms = _chosen(now, terms, proposed, others, beam, exponent, step)
+        terms |= {name: _fuse(term, now, starts, step - 1) for name, term in terms.items() if name not in others}
         now = _rescored(now, terms)
         done = now.ended.all(1)
         if bounded:
@@ -148,24 +169,36 @@ def _said(term: Term, now: Beam, vocabulary: Vocabulary) -> Tensor:
     return torch.nn.functional.pad(log_probs, (0, vocabulary.size - log_probs.shape[1]), value=NEG).view(*now.score.shape, -1)
 
 
+def _bound(term: Term, now: Beam, vocabulary: Vocabulary) -> Tensor:
+    """[B, K, V] at least what such a term will say of the next label, scaled; 0 where it is not due at once or subtracted."""
+    if not isinstance(term.fused.when, EveryLabel) or term.fused.scale < 0 or (found := term.fused.scorer.bound(term.state)) is None:
+        return torch.zeros(())
+    found = torch.nn.functional.pad(found.cpu(), (0, vocabulary.size - found.shape[1])).view(*now.score.shape, -1)
+    found[..., vocabulary.eos] = 0.0
+    return torch.where(now.ended[..., None], 0.0, weighted(term.fused.scale, found))
+
+
 def _grow(
-    now: Beam, terms: Mapping[str, Term], said: Mapping[str, Tensor], only_end: Tensor, vocabulary: Vocabulary, beam: int,
-    exponent: float, step: int, *, ending: bool,
-) -> tuple[Beam, dict[str, Term]]:  # fmt: skip
+    now: Beam, terms: Mapping[str, Term], said: Mapping[str, Tensor], bounds: Sequence[Tensor], only_end: Tensor, unsaid: Tensor, eos: int,
+    beam: int, exponent: float, step: int, *, ending: bool,
+) -> tuple[Beam, dict[str, Term], Tensor]:  # fmt: skip
+    """The `beam` best hypotheses one label longer, by what was said of it and will at most be said; their terms; [B, K] what the terms
+    that said it give them."""
     groups, k = now.score.shape
-    eos, v = vocabulary.eos, vocabulary.size
+    v = len(unsaid)
     step_scores = torch.zeros(groups, k, v)
     for name, log_probs in said.items():
         step_scores = step_scores + weighted(terms[name].fused.scale, log_probs)
-    silent = [x for x in (vocabulary.blank, vocabulary.bos) if x is not None and x != eos]
-    step_scores[..., silent] = NEG
+    step_scores[..., unsaid] = NEG
     others = torch.arange(v) != eos
     step_scores = step_scores.masked_fill(only_end[..., None] & others, NEG)
     step_scores[..., eos] = torch.where(now.ended, 0.0, step_scores[..., eos] if ending else NEG)
     total = torch.nan_to_num(now.score[..., None] + step_scores, nan=NEG, neginf=NEG, posinf=NEG)
+    own = sum((weighted(terms[name].fused.scale, terms[name].score) for name in said), torch.zeros(groups, k))
     # Ended hypotheses compete at their own length, growing ones at this step's.
     scale = torch.where(now.ended, (now.length + 1).double() / step, 1.0).pow(-exponent).to(total.dtype)
-    chosen = (total * scale[..., None]).flatten(1).topk(min(beam, k * v), dim=1).indices
+    hopes = sum(bounds, total)
+    chosen = (hopes * scale[..., None]).flatten(1).topk(min(beam, k * v), dim=1).indices
     source, label = chosen // v, chosen % v
     ended_before = now.ended.gather(1, source)
     score = total.flatten(1).gather(1, chosen)
@@ -177,7 +210,22 @@ def _grow(
     rows = (source + torch.arange(groups)[:, None] * k).flatten()
     grown = Beam(score, history, torch.where(ends, length, length + 1), ends | (score == NEG))
     moved = {name: _moved(term, source, rows, grown, ends & ~ended_before) for name, term in terms.items()}
-    return grown, moved
+    return grown, moved, (own[..., None] + step_scores).flatten(1).gather(1, chosen)
+
+
+def _chosen(
+    now: Beam, terms: Mapping[str, Term], proposed: Tensor, others: Sequence[str], beam: int, exponent: float, step: int
+) -> tuple[Beam, dict[str, Term]]:  # fmt: skip
+    """The `beam` best of the hypotheses that were proposed, by what the other terms have said since."""
+    score = sum((weighted(terms[name].fused.scale, terms[name].score) for name in others), proposed)
+    score = torch.where(now.score == NEG, NEG, torch.nan_to_num(score, nan=NEG, neginf=NEG))
+    now = replace(now, score=score)
+    slots = now.rank(exponent, step).topk(min(beam, score.shape[1]), dim=1).indices
+    rows = (slots + torch.arange(len(slots))[:, None] * score.shape[1]).flatten()
+    return now.best(slots), {
+        name: Term(t.fused, t.fused.scorer.select(t.state, rows), t.score.gather(1, slots), t.seen.gather(1, slots))
+        for name, t in terms.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -213,14 +261,10 @@ def _with_ends(ends: Ends, now: Beam, terms: Mapping[str, Term], said: Mapping[s
     longest = max(now.history.shape[2], ends.beam.history.shape[2])
     histories = [torch.nn.functional.pad(x.history, (0, longest - x.history.shape[2])) for x in (ends.beam, now)]
     new = torch.where(alive, torch.nan_to_num(new, nan=NEG, neginf=NEG), NEG)
-    both = Beam(
-        torch.cat([ends.beam.score, new], 1), torch.cat(histories, 1), torch.cat([ends.beam.length, now.length], 1),
-        torch.ones(len(new), ends.beam.score.shape[1] + new.shape[1], dtype=torch.bool),
-    )  # fmt: skip
+    score, length = torch.cat([ends.beam.score, new], 1), torch.cat([ends.beam.length, now.length], 1)
+    both = Beam(score, torch.cat(histories, 1), length, torch.ones_like(length, dtype=torch.bool))
     best = both.rank(exponent, 1).topk(ends.beam.score.shape[1], dim=1).indices
-    history = both.history.gather(1, best[..., None].expand(-1, -1, longest))
-    chosen = Beam(both.score.gather(1, best), history, both.length.gather(1, best), both.ended.gather(1, best))
-    return Ends(chosen, {name: score.gather(1, best) for name, score in scores.items()})
+    return Ends(both.best(best), {name: score.gather(1, best) for name, score in scores.items()})
 
 
 def _moved(term: Term, source: Tensor, rows: Tensor, grown: Beam, ending: Tensor) -> Term:

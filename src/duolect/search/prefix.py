@@ -65,9 +65,9 @@ class CtcPrefix(Scorer[PrefixState]):
         peak = phi.amax(1, keepdim=True)
         psi = self._product((phi - peak).exp(), state.utterance).double().log_()
         psi += self.shift[state.utterance]
-        psi += _possible(peak)
+        psi += possible(peak)
         at = state.last.clamp(min=0)[:, None]
-        repeat = _possible(torch.logsumexp(state.blank[:, :-1] + self.by_label[state.utterance, at[:, 0]], 1, keepdim=True))
+        repeat = possible(torch.logsumexp(state.blank[:, :-1] + self.by_label[state.utterance, at[:, 0]], 1, keepdim=True))
         psi.scatter_(1, at, torch.where(state.last[:, None] < 0, psi.gather(1, at), repeat))
         psi -= state.prefix[:, None]
         out = psi.float()
@@ -80,21 +80,13 @@ class CtcPrefix(Scorer[PrefixState]):
         labels, lengths = labels.to(begin.device), lengths.to(begin.device)
         for s in range(labels.shape[1]):
             state = self._one(state, labels[:, s], lengths > s)
-        gained = torch.where(lengths > 0, _possible(state.prefix) - begin, 0.0)
+        gained = torch.where(lengths > 0, possible(state.prefix) - begin, 0.0)
         return gained.float(), state
 
     def _one(self, state: PrefixState, label: Tensor, active: Tensor) -> PrefixState:
-        x, blanks = self.by_label[state.utterance, label], self.blanks[state.utterance]  # [R, T], [R, T+1]
-        phi = torch.where((label == state.last)[:, None], state.blank, state.both)[:, :-1]
-        grown = phi + x
-        # r(t) = x(t) + log(r(t-1) + phi(t-1)) solved with C = cumsum(x): r - C is a cumulative log-sum-exp.
-        c = x.cumsum(1)
-        new = x.new_full(blanks.shape, IMPOSSIBLE)
-        torch.add(c, torch.logcumsumexp(grown - c, 1), out=new[:, 1:])
-        new_blank = torch.full_like(new, IMPOSSIBLE)
-        torch.add(blanks[:, 1:], torch.logcumsumexp(new[:, :-1] - blanks[:, :-1], 1), out=new_blank[:, 1:])
-        new_blank.clamp_(min=IMPOSSIBLE)
-        grown = PrefixState(torch.logaddexp(new, new_blank).clamp_(min=IMPOSSIBLE), new_blank, grown.logsumexp(1), label, state.utterance)
+        begun = torch.where((label == state.last)[:, None], state.blank, state.both)
+        both, new_blank, prefix = self.grown(begun, label, state.utterance)
+        grown = PrefixState(both, new_blank, prefix, label, state.utterance)
         if bool(active.all()):
             return grown
 
@@ -109,8 +101,21 @@ class CtcPrefix(Scorer[PrefixState]):
             state.utterance,
         )
 
+    def grown(self, begun: Tensor, label: Tensor, utterance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(both, blank, prefix) of a PrefixState with one more label [R], out of begun [R, T+1]: log p of all behind which it may come."""
+        x, blanks = self.by_label[utterance, label], self.blanks[utterance]  # [R, T], [R, T+1]
+        grown = begun[:, :-1] + x
+        # r(t) = x(t) + log(r(t-1) + phi(t-1)) solved with C = cumsum(x): r - C is a cumulative log-sum-exp.
+        c = x.cumsum(1)
+        new = x.new_full(blanks.shape, IMPOSSIBLE)
+        torch.add(c, torch.logcumsumexp(grown - c, 1), out=new[:, 1:])
+        new_blank = torch.full_like(new, IMPOSSIBLE)
+        torch.add(blanks[:, 1:], torch.logcumsumexp(new[:, :-1] - blanks[:, :-1], 1), out=new_blank[:, 1:])
+        new_blank.clamp_(min=IMPOSSIBLE)
+        return torch.logaddexp(new, new_blank).clamp_(min=IMPOSSIBLE), new_blank, grown.logsumexp(1)
+
     def finish(self, state: PrefixState) -> Tensor:
-        return (_possible(state.both[:, -1]) - state.prefix).float()
+        return (possible(state.both[:, -1]) - state.prefix).float()
 
     def select(self, state: PrefixState, rows: Tensor) -> PrefixState:
         rows = rows.to(state.prefix.device)
@@ -141,5 +146,6 @@ class CtcPrefix(Scorer[PrefixState]):
         return summed(0, frames) if end - begin < frames and bool((out < LEAST).any()) else out
 
 
-def _possible(score: Tensor) -> Tensor:
+def possible(score: Tensor) -> Tensor:
+    """The score, -inf where no path leads."""
     return torch.where(score < IMPOSSIBLE / 10, NEG, score)
