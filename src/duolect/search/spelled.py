@@ -10,6 +10,7 @@ Legend: R rows, S texts of a call, A labels that occur in some segmentation of a
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ UNFINISHED = "\ufffd"
 """What stands for bytes that are no letter yet, in a vocabulary of bytes."""
 
 
+LAST = chr(0x10FFFF)
+"""Behind all letters, in the order of texts."""
+
+
 @dataclass(frozen=True)
 class Cut:
     """A label at a place in a text: letters begin..end of it."""
@@ -38,28 +43,42 @@ class Cut:
 
 @dataclass(frozen=True)
 class Cuts:
-    """All labels of all segmentations of a text, by where they begin. Tensors are [A]."""
+    """All labels of all segmentations of a text, by where they begin."""
 
     every: Sequence[Cut]
     length: int
 
     @cached_property
     def label(self) -> Tensor:
+        """[A]"""
         return torch.tensor([cut.label for cut in self.every], dtype=torch.long)
 
     @cached_property
-    def before(self) -> Tensor:
-        """[A, A] bool: before[a, b] where a begins and b ends at one place."""
-        begins, ends = (torch.tensor([getattr(cut, x) for cut in self.every], dtype=torch.long) for x in ("begin", "end"))
-        return begins[:, None] == ends[None]
-
-    @cached_property
-    def first(self) -> Tensor:
-        return torch.tensor([cut.begin == 0 for cut in self.every], dtype=torch.bool)
-
-    @cached_property
     def last(self) -> Tensor:
+        """[A] bool: which end where the text ends."""
         return torch.tensor([cut.end == self.length for cut in self.every], dtype=torch.bool)
+
+    @cached_property
+    def steps(self) -> Sequence[Step]:
+        """What begins at each place where something does."""
+        begins = sorted({cut.begin for cut in self.every})
+        return [Step(*(tuple(a for a, cut in enumerate(self.every) if getattr(cut, x) == i) for x in ("begin", "end"))) for i in begins]
+
+    @cached_property
+    def ends(self) -> Mapping[int, Sequence[int]]:
+        """The places where something ends, the text's begin among them (as number 0; cuts are numbered from 1), and what does."""
+        out = defaultdict[int, list[int]](list, {0: [0]})
+        for a, cut in enumerate(self.every):
+            out[cut.end].append(a + 1)
+        return out
+
+
+@dataclass(frozen=True)
+class Step:
+    """The cuts that begin at a place, and those that end there."""
+
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
 
 
 class CtcWords(Scorer[PrefixState]):
@@ -134,7 +153,7 @@ class CtcWords(Scorer[PrefixState]):
     def _one(self, state: PrefixState, rows: Sequence[int], words: Sequence[Cuts]) -> PrefixState:
         index = torch.tensor(rows, device=state.prefix.device)
         old = self.prefix.select(state, index)
-        label, both, blank, prefix = self._lattice(old, words)
+        label, both, blank, prefix = (x[:, 1:] for x in self._lattice(old, words))
         last = _padded([cuts.last for cuts in words], False).to(label.device)
         # Only a label that a word begins with can come again at once, as the begin of the next word.
         again = last & self._starts.to(label.device)[label]
@@ -149,30 +168,29 @@ class CtcWords(Scorer[PrefixState]):
         return torch.tensor([text.startswith(" ") for text in self.vocabulary.label_texts])
 
     def _lattice(self, old: PrefixState, texts: Sequence[Cuts]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(label [R, A], both and blank [R, A, T+1], prefix [R, A]) of each cut's label, behind all that may come before it."""
-        device = old.prefix.device
-        label = _padded([cuts.label for cuts in texts], 0).to(device)
-        first = _padded([cuts.first for cuts in texts], False).to(device)
-        count, most = label.shape
-        before = torch.zeros(count, most, most, dtype=torch.bool)
-        for r, cuts in enumerate(texts):
-            before[r, : len(cuts.every), : len(cuts.every)] = cuts.before
-        before = before.to(device)
-        alike = before & (label[:, :, None] == label[:, None])
-        twice = alike.any(2)
-        some_twice = twice.any(0).tolist()
-        both, blank = (old.both.new_full((count, most, old.both.shape[1]), IMPOSSIBLE) for _ in range(2))
-        prefix = old.both.new_full((count, most), IMPOSSIBLE)
-        for a in range(most):
-            into = torch.where((label[:, a] == old.last)[:, None], old.blank, old.both)
-            if a:
-                came = both[:, :a]
-                if some_twice[a]:
-                    came = torch.where(alike[:, a, :a, None], blank[:, :a], came)
-                led = came.masked_fill(~before[:, a, :a, None], IMPOSSIBLE).logsumexp(1)
-                into = torch.where(first[:, a, None], into, led)
-            both[:, a], blank[:, a], prefix[:, a] = self.prefix.grown(into, label[:, a], old.utterance)
-        return label, both, blank, prefix
+        """(label [R, 1+A], both and blank [R, 1+A, T+1], prefix [R, 1+A]): number 0 is the state before the text, the others that behind
+        each cut's label, after all that may come before it."""
+        device, count, most = old.prefix.device, len(texts), max(len(cuts.every) for cuts in texts)
+        label = torch.cat([old.last[:, None], _padded([cuts.label for cuts in texts], -2).to(device)], 1)
+        both, blank = (old.both.new_full((count, most + 2, old.both.shape[1]), IMPOSSIBLE) for _ in range(2))
+        prefix = old.both.new_full((count, most + 1), IMPOSSIBLE)
+        both[:, 0], blank[:, 0] = old.both, old.blank
+        for i in range(max(len(cuts.steps) for cuts in texts)):  # what begins at one place does not hang on each other
+            here = [(r, cuts.steps[i]) for r, cuts in enumerate(texts) if i < len(cuts.steps)]
+            row = torch.tensor([r for r, step in here for _ in step.begin], device=device)
+            cut = torch.tensor([a + 1 for _, step in here for a in step.begin], device=device)
+            came = _padded([torch.tensor(step.end) + 1 if i else torch.zeros(1, dtype=torch.long) for _, step in here], most + 1).to(device)
+            of = torch.tensor([n for n, (_, step) in enumerate(here) for _ in step.begin], device=device)
+            rows = torch.tensor([r for r, _ in here], device=device)
+            into = both[rows[:, None], came].logsumexp(1)[of] if came.shape[1] > 1 else both[row, came[of, 0]]
+            which, y = came[of], label[row, cut]
+            again = label[row[:, None], which.clamp(max=most)] == y[:, None]
+            again &= which <= most
+            if bool((twice := again.any(1)).any()):  # a label that comes again at once comes through blank
+                r, w = row[twice][:, None], which[twice]
+                into[twice] = torch.where(again[twice][..., None], blank[r, w], both[r, w]).logsumexp(1)
+            both[row, cut], blank[row, cut], prefix[row, cut] = self.prefix.grown(into, y, old.utterance[row])
+        return label, both[:, :-1], blank[:, :-1], prefix
 
     def opened(self, state: PrefixState, begun: Sequence[str], first: Sequence[bool]) -> Tensor:
         """[R] log p(the text goes on with these letters | words so far): the sum over all label sequences whose text begins like that; 0
@@ -186,13 +204,9 @@ class CtcWords(Scorer[PrefixState]):
         old, texts = self.prefix.select(state, index), [texts[r] for r in rows]
         cuts = [self._cuts_of(text) for text in texts]
         label, both, blank, prefix = self._lattice(old, cuts)
-        last = _padded([c.last for c in cuts], False).to(out.device)
-        exact = prefix.masked_fill(~last, IMPOSSIBLE)
-        # One place more, the text's begin, for a label that goes beyond all of it.
-        both, blank, label = (torch.cat([x[:, None], y], 1) for x, y in ((old.both, both), (old.blank, blank), (old.last, label)))
-        others, itself = self._all_beyond(old.utterance.tolist(), texts, cuts, label)
-        further = [(x[..., :-1] + y).logsumexp(2) for x, y in ((both, others), (blank, itself))]
-        total = torch.cat([exact, *further], 1).logsumexp(1).clamp(min=IMPOSSIBLE)
+        said = prefix[:, 1:].masked_fill(~_padded([c.last for c in cuts], False).to(out.device), IMPOSSIBLE)
+        beyond = self._all_beyond(old.utterance.tolist(), texts, cuts, label, both, blank)
+        total = torch.cat([said, beyond], 1).logsumexp(1).clamp(min=IMPOSSIBLE)
         return out.index_copy(0, index, possible(total) - old.prefix)
 
     @cached_property
@@ -205,15 +219,11 @@ class CtcWords(Scorer[PrefixState]):
         blank before it comes again is left out."""
         texts = [self.text_of(word, first=f) if word.strip() else word for word, f in zip(begun, first, strict=True)]
         cuts = [self._cuts_of(text) for text in texts]
-        _, both, _, _ = self._lattice(state, cuts)
-        both = torch.cat([state.both[:, None], both], 1)[..., :-1]
+        both = self._lattice(state, cuts)[1][..., :-1]
         out = both.new_full((len(texts), len(self.following)), IMPOSSIBLE)
         for r, (u, text, c) in enumerate(zip(state.utterance.tolist(), texts, cuts, strict=True)):
-            led = defaultdict[str, list[int]](list)
-            for a, end in enumerate((0, *(cut.end for cut in c.every))):
-                led[text[end:]].append(a)
-            for rest, places in led.items():
-                which, table = self._table(u, rest)
+            for end, places in c.ends.items():
+                which, table = self._table(u, text[end:])
                 if len(which):
                     come = both[r, places].logsumexp(0) if len(places) > 1 else both[r, places[0]]
                     out[r, which] = torch.logaddexp(out[r, which], (come + table).logsumexp(1))
@@ -243,24 +253,36 @@ class CtcWords(Scorer[PrefixState]):
     def _beyond(self, rest: str) -> frozenset[int]:
         """The labels that begin with these letters and have more."""
         if rest not in self._further:
-            texts = [text for text in self._labels if len(text) > len(rest) and text.startswith(rest)]
+            texts = self._texts[bisect_right(self._texts, rest) : bisect_left(self._texts, rest + LAST)]
             self._further[rest] = frozenset(label for text in texts for label in self._labels[text])
         return self._further[rest]
 
-    def _all_beyond(self, utterances: Sequence[int], texts: Sequence[str], cuts: Sequence[Cuts], label: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, 1+A, T] twice, for each place of the lattice: log p of the labels that go beyond the text from there on, without the one
-        that led there, and of that one if it is among them (it must come through blank)."""
-        by_label, known = self.prefix.by_label, label.tolist()
-        never = by_label.new_full(by_label.shape[2:], IMPOSSIBLE)
-        others, itself = ([[never] * label.shape[1] for _ in texts] for _ in range(2))
+    @cached_property
+    def _texts(self) -> Sequence[str]:
+        return sorted(self._labels)
+
+    def _all_beyond(
+        self, utterances: Sequence[int], texts: Sequence[str], cuts: Sequence[Cuts], label: Tensor, both: Tensor, blank: Tensor
+    ) -> Tensor:
+        """[R, 1+A] log p of the labels that go beyond the text from each place of the lattice on; the label that led there only through
+        blank."""
+        known, by_label = label.tolist(), self.prefix.by_label
+        others, itself = list[tuple[int, int, Tensor]](), list[tuple[int, int, Tensor]]()
         for r, (u, text, c) in enumerate(zip(utterances, texts, cuts, strict=True)):
-            for a, end in enumerate((0, *(cut.end for cut in c.every))):
+            for end, places in c.ends.items():
                 if end < len(text) and (labels := self._beyond(rest := text[end:])):
-                    there = known[r][a] in labels
-                    others[r][a] = self._summed(u, rest, known[r][a] if there else -1)
-                    if there:
-                        itself[r][a] = by_label[u, known[r][a]]
-        return torch.stack([torch.stack(row) for row in others]), torch.stack([torch.stack(row) for row in itself])
+                    for a in places:
+                        there = known[r][a] in labels
+                        others.append((r, a, self._summed(u, rest, known[r][a] if there else -1)))
+                        if there:
+                            itself.append((r, a, by_label[u, known[r][a]]))
+        out = both.new_full(both.shape[:2], IMPOSSIBLE)
+        for states, found in ((both, others), (blank, itself)):
+            if found:
+                r, a = (torch.tensor([x[i] for x in found], device=out.device) for i in (0, 1))
+                gained = (states[r, a, :-1] + torch.stack([x[2] for x in found])).logsumexp(1)
+                out[r, a] = torch.logaddexp(out[r, a], gained)
+        return out
 
     def _summed(self, utterance: int, rest: str, aside: int) -> Tensor:
         """[T] log p of all labels beyond `rest` but one."""
