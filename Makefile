@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
+# Tests run in so many processes of one thread each; a file's tests stay together, as they share what is dear to make.
+JOBS ?= $(shell (nproc 2>/dev/null || echo 2) | awk '{print ($$1 < 4) ? $$1 : 4}')
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # KenLM is compiled from source: where there is no compiler its tests are skipped, and say so.
 $(VENV)/.ngram: $(VENV)/.ready
@@ -28,10 +31,10 @@ else
 endif
 
 test: $(VENV)/.ngram lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-core: $(VENV)/.ngram
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check src tests bench demo
