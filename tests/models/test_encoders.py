@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from duolect.models import ModelError
 from duolect.models.embedded import where
 from duolect.models.encoders import WhisperDims, WhisperEncoder, encoder_from_settings, frame_mask, stack_frames
 
@@ -74,6 +75,22 @@ def test_settings_build_the_same_encoder() -> None:
     assert again.settings() == encoder.settings()
     with pytest.raises(ValueError, match="'rnn' is unknown"):
         encoder_from_settings({"type": "rnn"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"type": "whisper", "dim": 16, "heads": 2, "layers": 1, "merge_after": 3},
+        {"type": "extended", "base": {"type": "whisper"}, "top": {"dim": 8, "layers": 1, "heads": 2}, "merge_after": 3},
+        {"type": "extended", "base": {"type": "whisper"}, "top": {"merge_after": 3}},
+        {"type": "extended", "base": 3, "top": {}},
+        {"type": "extended"},
+        {"type": "recurrent"},
+    ],
+)
+def test_settings_of_another_version_are_refused_in_a_line(settings: dict[str, object]) -> None:
+    with pytest.raises(ModelError, match=r"^config.json describes an encoder that this version of duolect does not have"):
+        encoder_from_settings(settings)
 
 
 def test_too_long_is_refused_with_the_seconds() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duolect.audio.features import whisper_log_mel
+from duolect.models import ModelError
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,18 @@ class WhisperEncoder(Encoder):
 
 
 def encoder_from_settings(settings: Mapping[str, object]) -> Encoder:
-    """The encoder, weights not set, that `settings()` described."""
+    """The encoder, weights not set, that `settings()` described. Raises ModelError where this version has no such one."""
+    try:
+        return _described(settings)
+    except ModelError:
+        raise
+    except (TypeError, KeyError, ValueError) as error:
+        raise ModelError(
+            f"config.json describes an encoder that this version of duolect does not have ({error}): train or fetch it anew"
+        ) from error
+
+
+def _described(settings: Mapping[str, object]) -> Encoder:
     from duolect.models.conformer import ConformerDims, ConformerEncoder  # these stand on this file
     from duolect.models.extended import ExtendedEncoder
     from duolect.models.hf_encoder import HuggingFaceEncoder

@@ -55,7 +55,10 @@ class ExtendedEncoder(Encoder):
     def of_settings(cls, settings: dict[str, object]) -> ExtendedEncoder:
         """The encoder, weights not set, that `settings()` described."""
         base, top = settings["base"], settings["top"]
-        assert isinstance(base, dict) and isinstance(top, dict)
+        if not isinstance(base, dict) or not isinstance(top, dict):
+            raise ValueError("base and top are no objects")
+        if unknown := settings.keys() - {"type", "base", "top"}:  # what they change would be missing in what is recognized
+            raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
         return cls(encoder_from_settings(base), TopDims(**top))
 
 
