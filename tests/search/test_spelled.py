@@ -149,3 +149,61 @@ def test_joint_search_over_letters_scores_texts_exactly(pieces: SentencePieceVoc
     best = nbest[0].score({"lead": 1.0, "ctc": 1.0})
     (narrow,) = label_beam_search(fused, 1, beam=4, max_labels=4, ends="apart")
     assert narrow[0].score({"lead": 1.0, "ctc": 1.0}) == pytest.approx(best, abs=1e-4), "no label goes unjudged"
+
+
+@pytest.mark.parametrize(("beam", "proposals"), [(1, 1), (1, 3), (2, 2), (3, 1)])
+def test_a_narrow_joint_search_is_the_naive_one(pieces: SentencePieceVocabulary, beam: int, proposals: int) -> None:
+    """Proposals by the leading score and the bound, judged in full, the best kept; ends beside the beam."""
+    letters = CharacterVocabulary(["<pad>", "|", "a", "b"])
+    torch.manual_seed(3)
+    leads, heard = torch.randn(2, 5, letters.size).log_softmax(-1), spoken(2, FRAMES, pieces=pieces)
+    lengths = torch.tensor([FRAMES, FRAMES])
+
+    def scorers(rows: slice) -> tuple[CtcPrefix, Spelled]:
+        n = lengths[rows]
+        return CtcPrefix(leads[rows], n, vocabulary=letters), Spelled(CtcPrefix(heard[rows], n, vocabulary=pieces), letters)
+
+    lead, ctc = scorers(slice(None))
+    fused = {"lead": Fused(scorer=lead, scale=1.0), "ctc": Fused(scorer=ctc, scale=0.7, when=EveryLabel(lookahead=False))}
+    found = label_beam_search(fused, 2, beam=beam, max_labels=4, ends="apart", stop="all", proposals=proposals)
+    for i, nbest in enumerate(found):
+        wanted = naive(*scorers(slice(i, i + 1)), scale=0.7, beam=beam, proposals=proposals, longest=4)
+        assert [h.labels for h in nbest] == [labels for labels, _ in wanted]
+        assert [h.score({"lead": 1.0, "ctc": 0.7}) for h in nbest] == pytest.approx([score for _, score in wanted], abs=1e-4)
+
+
+def naive(lead: CtcPrefix, ctc: Spelled, *, scale: float, beam: int, proposals: int, longest: int) -> list[tuple[tuple[int, ...], float]]:
+    """Joint search of one utterance, every history scored from its begin."""
+
+    def said(scorer: CtcPrefix | Spelled, labels: tuple[int, ...], *, whole: bool = False) -> float:
+        score, state = scorer.advance(scorer.start(1), torch.tensor([labels or (0,)]), torch.tensor([len(labels)]))
+        return float(score + scorer.finish(state)) if whole else float(score)
+
+    def bounds(labels: tuple[int, ...]) -> list[float]:
+        _, state = ctc.advance(ctc.start(1), torch.tensor([labels or (0,)]), torch.tensor([len(labels)]))
+        bound = ctc.bound(state)
+        assert bound is not None
+        return bound[0].tolist()
+
+    now, ends = [()], list[tuple[tuple[int, ...], float]]()
+    for step in range(longest + 1):
+        for labels in now:
+            ends.append((labels, said(lead, labels, whole=True) + scale * said(ctc, labels, whole=True)))
+        if step == longest:
+            break
+        grown = list[tuple[tuple[int, ...], float]]()
+        for labels in now:
+            bound, before = bounds(labels), scale * said(ctc, labels)
+            grown += [((*labels, y), said(lead, (*labels, y)) + before + scale * bound[y]) for y in (1, 2, 3)]
+        proposed = [labels for labels, score in sorted(grown, key=lambda x: -x[1])[: beam * proposals] if score > -math.inf]
+        judged = [(labels, said(lead, labels) + scale * said(ctc, labels)) for labels in proposed]
+        now = [labels for labels, score in sorted(judged, key=lambda x: -x[1])[:beam] if score > -math.inf]
+    return sorted([x for x in ends if x[1] > -math.inf], key=lambda x: -x[1])[:beam]
+
+
+def test_labels_that_never_come_are_not_proposed(pieces: SentencePieceVocabulary) -> None:
+    torch.manual_seed(5)
+    scorer = CtcPrefix(spoken(1, FRAMES, pieces=pieces), torch.tensor([FRAMES]), vocabulary=pieces)
+    never = torch.arange(pieces.size) % 2 == 0
+    (nbest,) = label_beam_search({"ctc": Fused(scorer=scorer, scale=1.0)}, 1, beam=50, max_labels=3, never=never)
+    assert nbest and {y % 2 for h in nbest for y in h.labels} == {1}
