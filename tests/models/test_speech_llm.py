@@ -433,6 +433,22 @@ def naive_beam(model: SpeechLlm, sound: Tensor, *, beam: int, longest: int) -> l
     return [(labels, score) for labels, score, _ in now]
 
 
+def test_what_nobody_can_mean_is_refused_when_it_is_set() -> None:
+    with pytest.raises(ValueError, match="rank 0 make no sense"):
+        Lora(rank=0)
+    with pytest.raises(ValueError, match="dropout of 1.0 leaves nothing"):
+        Lora(dropout=1.0)
+    with pytest.raises(ValueError, match=r"the place \{contxt\}, which nothing fills: the only one known is \{context\}"):
+        SpeechLlmDims(before="Names: {contxt}. ")
+
+
+def test_more_context_than_the_language_model_reads_is_refused_with_what_would_fit() -> None:
+    model = tiny("llama", **{**HOW["prefix"], "before": "{context}"})
+    assert len(model.told(["ab"] * 3).prompts[0]) > 3
+    with pytest.raises(ModelError, match=r"^--context: 900 words and phrases make a prompt of \d+ positions.* at most some \d+$"):
+        model.told(["ab ba"] * 900)
+
+
 @pytest.mark.parametrize(("how", "units"), [("prefix", "own"), ("both ways", "ctc"), ("merged", "own"), ("cross", "ctc")])
 @pytest.mark.parametrize("beam", [1, 4])
 def test_a_narrow_search_is_the_naive_one_for_each_utterance(how: str, units: str, beam: int) -> None:

@@ -23,7 +23,7 @@ from duolect.config import ConfigError, from_json, to_json
 from duolect.data.sources import open_source
 from duolect.models import ModelError
 from duolect.models.priors import PRIORS_FILE, PriorError
-from duolect.recognize.decoding import WRITTEN, Greedy, Language, Prior, TimeSynchronous
+from duolect.recognize.decoding import WRITTEN, Greedy, Language, Prior, TimeSynchronous, of_other_words
 from duolect.recognize.files import INDEX, ResumeError, Transcripts, decode_to_files, written
 from duolect.recognize.models import Models, free_memory
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
@@ -536,3 +536,8 @@ def test_a_tokenizer_that_merges_across_spaces_rescores_whole_texts(zoo, models,
 
 def test_free_memory_is_that_of_the_machine():
     assert 2**20 < free_memory("cpu") <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_an_nbest_list_has_each_text_once() -> None:
+    found = [Hypothesis((y,), text, {"sllm": -float(y)}) for y, text in enumerate(("a b", "c", " a b", "c ", "d"))]
+    assert [h.text for h in of_other_words(found)] == ["a b", "c", "d"]

@@ -30,6 +30,12 @@ class Lora:
     dropout: float = 0.1
     stabilized: bool = True
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"low-rank paths of rank {self.rank} make no sense: give 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"a dropout of {self.dropout} leaves nothing: give 0 or more, and less than 1")
+
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.stabilized else self.rank)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,6 +81,9 @@ class SpeechLlmDims:
     audio_head: bool = False
 
     def __post_init__(self) -> None:
+        for place in re.findall(r"\{\w+\}", self.before + self.after):
+            if place != CONTEXT:
+                raise ValueError(f"a prompt has the place {place}, which nothing fills: the only one known is {CONTEXT}")
         if self.audio_head and (self.attention != "prefix" or self.adapter.kind not in ("concat", "conv")):
             raise ValueError(
                 f"audio_head wants attention=prefix and an adapter of kind concat or conv, whose positions are evenly spaced; found "
@@ -158,7 +162,12 @@ class SpeechLlm(FolderModel, AttentionModel):
     def told(self, words: Sequence[str]) -> SpeechLlm:
         model = copy.copy(self)
         model.prompts = self.prompts_with(words)
-        require_positions(sum(map(len, model.prompts)), self.longest)
+        count, most = sum(map(len, model.prompts)), self.longest
+        if words and count > most // 2:  # audio and text want as much
+            raise ModelError(
+                f"--context: {len(words)} words and phrases make a prompt of {count} positions, and the language model attends to {most}: "
+                f"give it at most some {len(words) * (most // 2) // count}"
+            )
         return model
 
     def train(self, mode: bool = True) -> SpeechLlm:

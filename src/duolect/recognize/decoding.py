@@ -44,6 +44,15 @@ from duolect.vocabulary import Vocabulary
 for _schedule in (AtEnd, AtWordEnd, Draft, Every, EveryLabel, ShortestHypothesis, TextPolicy):
     registered(_schedule)
 
+
+def of_other_words(nbest: Sequence[Hypothesis]) -> list[Hypothesis]:
+    """The first hypothesis of each text: a decoder has many ways to cut a word into labels."""
+    first: dict[tuple[str, ...], Hypothesis] = {}
+    for hypothesis in nbest:
+        first.setdefault(tuple(hypothesis.text.split()), hypothesis)
+    return list(first.values())
+
+
 S = TypeVar("S", bound=Scorer[Any])
 
 
@@ -469,7 +478,7 @@ class LabelSynchronous(Decoding):
         first = term.native(batch)
         fused = {lead: Fused(scorer=first, scale=term.scale, when=term.when)}
         fused |= {name: other.fused(batch, first.vocabulary) for name, other in others}
-        return label_beam_search(
+        found = label_beam_search(
             fused,
             len(batch.audios),
             beam=self.beam,
@@ -480,6 +489,7 @@ class LabelSynchronous(Decoding):
             proposals=self.proposals,
             never=foreign(first.vocabulary, term.spelling(batch)) if others and self.as_learned else None,
         )
+        return [of_other_words(nbest) for nbest in found]
 
     def scales(self) -> Mapping[str, float]:
         return {name: term.scale for name, term in self.terms.items()}
