@@ -267,7 +267,7 @@ def test_context_words_stand_in_the_prompts_as_if_they_had_been_written_there(ki
         found, told = [score_of(one, sound_of(model, x), y) for x, y in zip(AUDIOS, labels, strict=True)], model.told(words)
         assert scores(told, AUDIOS, labels).tolist() == pytest.approx(found, abs=5e-4) and told.takes_context
     assert model.prompts == model.prompts_with(()) and not tiny(**PROMPTS).takes_context
-    with pytest.raises(ModelError, match=r"longer than the 256 .* fewer context words"):
+    with pytest.raises(ModelError, match=r"^--context: 200 words and phrases make a prompt of 801 positions, .* at most some 31$"):
         model.told(["abba"] * 200)
 
 
@@ -436,17 +436,10 @@ def naive_beam(model: SpeechLlm, sound: Tensor, *, beam: int, longest: int) -> l
 def test_what_nobody_can_mean_is_refused_when_it_is_set() -> None:
     with pytest.raises(ValueError, match="rank 0 make no sense"):
         Lora(rank=0)
-    with pytest.raises(ValueError, match="dropout of 1.0 leaves nothing"):
+    with pytest.raises(ValueError, match=r"dropout of 1\.0 leaves nothing"):
         Lora(dropout=1.0)
     with pytest.raises(ValueError, match=r"the place \{contxt\}, which nothing fills: the only one known is \{context\}"):
         SpeechLlmDims(before="Names: {contxt}. ")
-
-
-def test_more_context_than_the_language_model_reads_is_refused_with_what_would_fit() -> None:
-    model = tiny("llama", **{**HOW["prefix"], "before": "{context}"})
-    assert len(model.told(["ab"] * 3).prompts[0]) > 3
-    with pytest.raises(ModelError, match=r"^--context: 900 words and phrases make a prompt of \d+ positions.* at most some \d+$"):
-        model.told(["ab ba"] * 900)
 
 
 @pytest.mark.parametrize(("how", "units"), [("prefix", "own"), ("both ways", "ctc"), ("merged", "own"), ("cross", "ctc")])
