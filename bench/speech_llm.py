@@ -21,17 +21,18 @@ from torch import Tensor
 from duolect.data.sources import open_source
 from duolect.data.utterance import load_audio
 from duolect.models.ctc import CtcOutput, load_acoustic_model
+from duolect.models.embedded import resolve
 from duolect.models.speech_llm import SpeechLlm
-from duolect.recognize.decoding import WRITTEN
+from duolect.recognize.decoding import WRITTEN, foreign
 from duolect.scorer import Hypothesis, Scorer
 from duolect.search.ctc import ctc_greedy
 from duolect.search.draft import Draft, greedy_with_drafts
-from duolect.search.fusion import EveryLabel, Fused, Retokenized, TextPolicy
+from duolect.search.fusion import EveryLabel, Fused
 from duolect.search.label import label_beam_search
 from duolect.search.prefix import CtcPrefix
+from duolect.search.spelled import Spelled
 
 DEMO = Path(__file__).parents[1] / "src" / "duolect" / "embedded" / "demo" / "manifest.jsonl"
-PLAIN = TextPolicy(case="lower", punctuation="drop")
 
 
 class Timed(Scorer[Any]):
@@ -59,6 +60,9 @@ class Timed(Scorer[Any]):
     def finish(self, state: Any) -> Tensor:
         return self._call(self.scorer.finish, state)
 
+    def bound(self, state: Any) -> Tensor | None:
+        return self._call(self.scorer.bound, state)
+
     def select(self, state: Any, rows: Tensor) -> Any:
         return self._call(self.scorer.select, state, rows)
 
@@ -83,16 +87,17 @@ class Heard:
 
     def joint(self, beam: int, *, timed: dict[str, Timed] | None = None) -> list[Hypothesis]:
         """Label-synchronous search with CTC; timed: takes the scorers, whose seconds count."""
-        prefix: Scorer[Any] = CtcPrefix(self.output.log_probs, self.output.lengths, vocabulary=self.acoustic.vocabulary)
+        prefix = CtcPrefix(self.output.log_probs, self.output.lengths, vocabulary=self.acoustic.vocabulary)
+        scorers: dict[str, Scorer[Any]] = {"llm": self.scorer, "ctc": prefix}
         when = EveryLabel()
         if prefix.vocabulary.digest() != self.model.vocabulary.digest():
-            prefix, when = Retokenized(prefix, self.model.vocabulary, policy=PLAIN), EveryLabel(lookahead=False)
-        scorers: dict[str, Scorer[Any]] = {"llm": self.scorer, "ctc": prefix}
+            scorers["ctc"], when = Spelled(prefix, self.model.vocabulary, policy=WRITTEN["lower"]), EveryLabel(lookahead=False)
         if timed is not None:
             timed |= {name: Timed(x) for name, x in scorers.items()}
             scorers = dict(timed)
         fused = {"llm": Fused(scorer=scorers["llm"], scale=1.0), "ctc": Fused(scorer=scorers["ctc"], scale=1.0, when=when)}
-        found = label_beam_search(fused, len(self.audios), beam=beam, max_labels=self.limit)
+        never = foreign(self.model.vocabulary, WRITTEN[self.model.written])
+        found = label_beam_search(fused, len(self.audios), beam=beam, max_labels=self.limit, ends="apart", never=never)
         return [nbest[0] for nbest in found]
 
 
@@ -124,7 +129,7 @@ def compared(ways: dict[str, Callable[[], list[Hypothesis]]], *, title: str, rep
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a speech LLM")
+    parser.add_argument("--model", default="duolect-sllm", help="a speech LLM: its folder, or a name")
     parser.add_argument(
         "--am", default="duolect-ctc", help="CTC model whose transcript is the draft and that is the joint search's partner"
     )
@@ -139,7 +144,7 @@ def main() -> None:
     harness.use_threads(args.threads)
     utterances = open_source(args.data).utterances
     audios = [load_audio(u) for u in utterances[:: max(len(utterances) // args.utterances, 1)][: args.utterances]]
-    model, acoustic = SpeechLlm.load(args.model), load_acoustic_model(args.am)
+    model, acoustic = SpeechLlm.load(resolve(args.model)), load_acoustic_model(args.am)
     batch, alone = Heard(model, acoustic, audios), [Heard(model, acoustic, [audio]) for audio in audios]
     limits: dict[str, Any] = {"repetitions": args.repetitions, "seconds": args.seconds}
     draft = Draft(args.chunk)
