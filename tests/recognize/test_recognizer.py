@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -27,7 +28,7 @@ from duolect.recognize.decoding import WRITTEN, Greedy, Language, Prior, TimeSyn
 from duolect.recognize.files import INDEX, ResumeError, Transcripts, decode_to_files, written
 from duolect.recognize.models import Models, free_memory
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
-from duolect.recognize.recognizer import MEMORY_SHARE, Recognizer, Segment, timed_words
+from duolect.recognize.recognizer import LETTER_SECONDS, MEMORY_SHARE, Recognizer, Segment, timed_words
 from duolect.scorer import Hypothesis, Recognized, read_hypotheses
 from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError
 from duolect.search.rescore import labels_for, labels_of_text, rescored
@@ -339,6 +340,26 @@ def test_words_of_an_aed_keep_their_spelling_at_the_times_of_the_ctc(zoo, models
     found = Recognized({"id": "u"}, (), extra={"words": [asdict(w) for w in joined]})
     assert "Ab Bab, abba ba." in written(found, "srt") and "Ab Bab, abba ba." in written(found, "vtt")
     assert [line.split()[4] for line in written(found, "ctm").splitlines()] == ["Ab", "Bab,", "abba", "ba."]
+
+
+def test_words_last_as_long_as_they_take_to_say(zoo, models):
+    """CTC is sure of each of these labels in one frame, and of blank in all others."""
+    model = models.acoustic(str(zoo["am"]))
+    vocabulary, step = model.vocabulary, model.seconds_per_frame
+    labels = vocabulary.encode("abba ab ba")
+    frames = [4 + 3 * i for i in range(len(labels))]
+    log_probs = torch.full((100, vocabulary.size), 1e-4).log()
+    log_probs[:, vocabulary.blank] = math.log(0.9)
+    log_probs[frames, vocabulary.blank] = math.log(1e-4)
+    log_probs[frames, labels] = math.log(0.9)
+    segment = Segment(0, 1.0, np.zeros(round(100 * step * 16_000), np.float32), log_probs)
+    found = timed_words(Hypothesis(tuple(labels), "abba ab ba", {}), segment, model)
+    last = [i for i, y in enumerate(labels) if i + 1 == len(labels) or vocabulary.starts_word(labels[i + 1])]
+    for word, following, end in zip(found, [*found[1:], None], last, strict=True):
+        later = following.start if following else 1.0 + 100 * step
+        spike = 1.0 + (frames[end] + 1) * step
+        assert word.end == pytest.approx(max(spike, min(word.start + LETTER_SECONDS * len(word.text), later)))
+        assert spike - 1e-9 <= word.end <= later + 1e-9
 
 
 def test_words_that_do_not_fit_into_the_frames_share_them(zoo, models):

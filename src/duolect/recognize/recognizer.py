@@ -33,6 +33,9 @@ MEMORY_SHARE = 0.5
 SEGMENT_SECONDS = 28.0
 """Longer recordings are searched in segments: an AED hears 30 s at most, and a language model remembers only so much."""
 
+LETTER_SECONDS = 0.06
+"""What a letter takes in speech that is read: some 15 of them a second, spaces counted."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -215,8 +218,9 @@ class Recognizer:
 def timed_words(hypothesis: Hypothesis, segment: Segment, model: AcousticModel) -> list[Word]:
     """The words of a transcript with times in the recording.
 
-    One in another vocabulary (an AED's) is aligned without case and punctuation, and keeps its own spelling. Where the segment has too
-    few frames for the words, they share it evenly, with confidence 0.
+    CTC says where a label is sure, often in one frame of a whole word: a word lasts LETTER_SECONDS a letter at least, if nothing comes
+    before that. One in another vocabulary (an AED's) is aligned without case and punctuation, and keeps its own spelling. Where the
+    segment has too few frames for the words, they share it evenly, with confidence 0.
     """
     vocabulary, spelled = model.vocabulary, hypothesis.text.split()
     assert vocabulary.blank is not None
@@ -236,7 +240,10 @@ def timed_words(hypothesis: Hypothesis, segment: Segment, model: AcousticModel) 
             # A dash alone, or letters that the CTC model does not have, belong to the moment where the word before them ends.
             now = found[-1].end if found else 0.0
             found.append(Word(text, timed[0].start, timed[-1].end, timed[0].confidence) if timed else Word(text, now, now, 0.0))
-    return [Word(w.text, w.start + segment.start, w.end + segment.start, w.confidence) for w in found]
+    after = [*(word.start for word in found[1:]), segment.seconds]
+    spoken = [LETTER_SECONDS * sum(c.isalnum() for c in w.text) * (w.end > w.start) for w in found]
+    ends = [max(w.end, min(w.start + least, later)) for w, least, later in zip(found, spoken, after, strict=False)]
+    return [Word(w.text, w.start + segment.start, end + segment.start, w.confidence) for w, end in zip(found, ends, strict=True)]
 
 
 def _heard(utterance: Utterance) -> tuple[Utterance, np.ndarray]:
