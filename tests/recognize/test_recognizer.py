@@ -562,3 +562,10 @@ def test_free_memory_is_that_of_the_machine():
 def test_an_nbest_list_has_each_text_once() -> None:
     found = [Hypothesis((y,), text, {"sllm": -float(y)}) for y, text in enumerate(("a b", "c", " a b", "c ", "d"))]
     assert [h.text for h in of_other_words(found)] == ["a b", "c", "d"]
+
+
+def test_phrases_are_rewarded_only_where_ctc_is_heard() -> None:
+    told = Ingredients(context={"abba": 1.0})
+    rewarded = {name for name in PRESETS if "context" in decoding_of(name, told).terms}
+    alone = {"ctc-greedy", "aed-greedy", "aed", "sllm-greedy", "sllm", "sllm-length", "sllm-draft"}
+    assert rewarded == PRESETS.keys() - alone

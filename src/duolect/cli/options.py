@@ -100,7 +100,7 @@ def recognizer_for(
             isinstance(t, Attention) and models.attention(t.model).takes_context for t in decoding.terms.values()
         ):
             continue
-        models.say(f"warning: --context does nothing in {decodings[name]}, which does not search: use ctc, delayed, labelwise, aed, ...")
+        models.say(f"warning: --context does nothing in {decodings[name]}, where no search hears CTC: use ctc, delayed, aed+ctc-label, ...")
     return Recognizer(models, options.am, made, batch_seconds=options.batch_seconds, word_times=word_times)
 
 

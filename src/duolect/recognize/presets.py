@@ -187,7 +187,8 @@ def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[
         terms: dict[str, Term] = {
             name: replace(term, context=words) if isinstance(term, Attention) else term for name, term in decoding.terms.items()
         }
-        if ingredients.context_scale and not isinstance(decoding, Speculative):
+        # Without CTC nothing would keep a decoder from saying a phrase that is rewarded again and again.
+        if ingredients.context_scale and decoding.hears_ctc and not isinstance(decoding, Speculative):
             terms["context"] = Context(ingredients.context, ingredients.context_scale)
         decoding = replace(decoding, terms=terms)
     decoding = with_overrides(decoding, overrides) if overrides else decoding
