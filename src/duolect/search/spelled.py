@@ -5,7 +5,7 @@ word has nearly all of it there; one that copies pieces of other words has not (
 in labels of its own, a text is judged after each of them, not only where a word ends: a hypothesis whose words never end would be judged
 never.
 
-Legend: R rows, S texts of a call, A labels that occur in some segmentation of a text, T frames.
+Legend: R rows, A labels that occur in some segmentation of a text, T frames, F letters (see `following`), V labels of the decoder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from duolect.vocabulary import Vocabulary
 
 UNFINISHED = "\ufffd"
 """What stands for bytes that are no letter yet, in a vocabulary of bytes."""
-
 
 LAST = chr(0x10FFFF)
 """Behind all letters, in the order of texts."""
