@@ -66,6 +66,8 @@ def test_increments_are_the_teacher_forced_forward(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(decoder_module, "COMPACT_FROM", 8)
     model, audios = tiny(), [noise(s, i) for i, s in enumerate((0.3, 1.1, 0.05))]
     scorer = model.scorer(audios)
+    before = model.scorer(audios, model.ctc.log_probs_of(audios, frames=True))  # of frames that were computed before
+    torch.testing.assert_close(before.heard, scorer.heard, atol=1e-4, rtol=1e-4)
     owner = torch.tensor([1, 0, 1, 2, 1])
     state, total, written = scorer.select(scorer.start(3), owner), torch.zeros(5), [[] for _ in owner]
     generator = torch.Generator().manual_seed(0)

@@ -245,6 +245,9 @@ def test_training_and_search_step_by_step_are_one_plain_forward(kind: str, how: 
         for row, i in enumerate(owner):
             assert float(gained[row]) == pytest.approx(float(wanted[i][step]) if active[row] else 0.0, abs=2e-4)
     torch.testing.assert_close(scorer.log_probs(state)[0], plain(model, sounds[1], labels[1])[-1], atol=3e-4, rtol=1e-4)
+    again = model.scorer(AUDIOS, model.ctc.log_probs_of(AUDIOS, frames=True))  # of frames that were computed before
+    torch.testing.assert_close(again.audio, scorer.audio, atol=1e-4, rtol=1e-4)
+    assert torch.equal(again.lengths, scorer.lengths)
 
 
 @pytest.mark.parametrize("how", HOW)

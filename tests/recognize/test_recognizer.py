@@ -22,13 +22,18 @@ from transformers import PreTrainedTokenizerFast
 
 from duolect.config import ConfigError, from_json, to_json
 from duolect.data.sources import open_source
+from duolect.data.utterance import load_audio
 from duolect.models import ModelError
+from duolect.models.ctc import CtcModel
+from duolect.models.encoders import WhisperDims, WhisperEncoder
+from duolect.models.lm import HFCausalLM
 from duolect.models.priors import PRIORS_FILE, PriorError
+from duolect.models.speech_llm import SpeechLlm, SpeechLlmDims
 from duolect.recognize.decoding import WRITTEN, Greedy, Language, Prior, TimeSynchronous, of_other_words
 from duolect.recognize.files import INDEX, ResumeError, Transcripts, decode_to_files, written
 from duolect.recognize.models import Models, free_memory
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
-from duolect.recognize.recognizer import LETTER_SECONDS, MEMORY_SHARE, Recognizer, Segment, timed_words
+from duolect.recognize.recognizer import LETTER_SECONDS, MEMORY_SHARE, Recognizer, Segment, _segments, timed_words
 from duolect.scorer import Hypothesis, Recognized, read_hypotheses
 from duolect.search.fusion import AtEnd, AtWordEnd, Every, SearchError
 from duolect.search.rescore import labels_for, labels_of_text, rescored
@@ -127,6 +132,38 @@ def test_several_decodings_share_one_encoding_and_keep_apart(zoo, models):
     for name in names:
         one = Recognizer(models, str(zoo["am"]), {name: decoding_of(name, ingredients(zoo))})
         assert [r.text for r in recognized(both, zoo, name)] == [r.text for r in recognized(one, zoo, name)]
+
+
+@pytest.mark.parametrize("name", ["sllm-greedy", "sllm+ctc-time", "sllm+ctc-label"])
+def test_one_encoder_of_two_models_hears_once(zoo, models, monkeypatch, tmp_path, name):
+    """A speech LLM on the acoustic model's own encoder: the same as each encoding for itself, and charged with the encoder's time."""
+    torch.manual_seed(4)
+    encoder = WhisperEncoder(WhisperDims(dim=16, layers=1, heads=2, positions=1500))
+    CtcModel(encoder, models.acoustic(str(zoo["am"])).vocabulary).save(tmp_path / "am", card="", dtype=torch.float32)
+    llm, sources = HFCausalLM.load(str(zoo["llm"])), {"ctc": str(tmp_path / "am")}
+    heard = SpeechLlm(CtcModel.load(tmp_path / "am"), llm.model, llm.vocabulary, SpeechLlmDims(encoder="rest"), sources=sources)
+    heard.save(tmp_path / "sllm", card="", dtype=torch.float32)
+    shutil.copytree(tmp_path / "am", tmp_path / "copy")  # the same, and nobody knows
+    decodings = {name: decoding_of(name, replace(ingredients(zoo), speech_llm=str(tmp_path / "sllm")))}
+    apart = recognized(Recognizer(models, str(tmp_path / "copy"), decodings), zoo, name)
+    model = models.acoustic(str(tmp_path / "sllm"))
+    assert model is models.acoustic(str(tmp_path / "am")) and model is not models.acoustic(str(tmp_path / "copy"))
+    calls, plainly = list[int](), CtcModel.of_encoded
+
+    def slow(self: CtcModel, encoded: Any) -> Any:
+        calls.append(len(encoded.lengths))
+        time.sleep(0.7)
+        return plainly(self, encoded)
+
+    monkeypatch.setattr(CtcModel, "of_encoded", slow)
+    for am in ("am", "sllm"):
+        together = recognized(Recognizer(models, str(tmp_path / am), decodings), zoo, name)
+        assert calls == [len(TEXTS)]
+        assert sum(r.seconds for r in together) >= 0.7
+        for a, b in zip(together, apart, strict=True):
+            assert (a.text, [h.labels for h in a.nbest]) == (b.text, [h.labels for h in b.nbest])
+            assert [dict(h.parts) for h in a.nbest] == [pytest.approx(dict(h.parts), abs=1e-3) for h in b.nbest]
+        calls.clear()
 
 
 def test_fusion_at_the_end_equals_rescoring_the_file(zoo, models, tmp_path):
@@ -314,6 +351,10 @@ def test_long_audio_is_cut_at_pauses_and_joined(zoo, models, tmp_path):
     pieces = [rng.normal(0, 0.2, 16000 * 4) for _ in range(12)]
     soundfile.write(tmp_path / "long.wav", np.concatenate(pieces), 16000)
     (utterance,) = open_source(tmp_path / "long.wav").utterances
+    model, audio = models.acoustic(str(zoo["am"])), load_audio(utterance)
+    heard = model.log_probs_of([audio])
+    for part in _segments(0, audio, replace(heard, frames=heard.log_probs + 1.0), model):
+        assert part.frames is not None and torch.equal(part.frames, part.log_probs + 1.0)
     recognizer = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(3)}, word_times=True)
     (found,) = [r["it"] for r in recognizer.recognize([utterance], progress=False)]
     assert found.error is None
@@ -475,7 +516,7 @@ def test_a_hub_that_breaks_while_a_model_comes_is_a_line(zoo, monkeypatch):
     def broken(*_, **__):
         raise Disconnected("server\ndisconnected")
 
-    monkeypatch.setattr("duolect.recognize.models.load_acoustic_model", broken)
+    monkeypatch.setattr(CtcModel, "load", broken)
     with pytest.raises(ModelError, match=r"cannot be loaded \(Disconnected: server disconnected\): try again"):
         Models(say=lambda text: None).acoustic(str(zoo["am"]))
 

@@ -23,7 +23,7 @@ from duolect.audio.io import SAMPLE_RATE
 from duolect.models import ModelError, Precision, loading
 from duolect.models.attention_decoder import AttentionDecoder, DecoderDims, histories
 from duolect.models.cache import Trie
-from duolect.models.ctc import CtcModel, CtcOutput, FolderModel, Heads, kind_of, load_weights, read_config
+from duolect.models.ctc import AcousticModel, CtcModel, CtcOutput, FolderModel, Heads, kind_of, load_weights, read_config
 from duolect.models.decoder import DecoderScorer, OutputLayer
 from duolect.models.encoders import Encoded, Encoder, frame_mask
 from duolect.models.packed import NewNodes, NodeLayer, bytes_per_position, node_cache, packing, run_packed, use_packed_attention
@@ -49,8 +49,15 @@ class AttentionModel(ABC):
         return self
 
     @abstractmethod
-    def scorer(self, audios: Sequence[np.ndarray]) -> DecoderScorer:
-        """log p(labels | audio) for a batch of samples [N], float32 mono 16 kHz; ModelError where one is longer than the model hears."""
+    def scorer(self, audios: Sequence[np.ndarray], heard: CtcOutput | None = None) -> DecoderScorer:
+        """log p(labels | audio) for a batch of samples [N], float32 mono 16 kHz; ModelError where one is longer than the model hears.
+
+        heard: what its encoder made of them already, with frames, by a CTC model that `shares` it.
+        """
+
+    def shares(self, model: AcousticModel) -> bool:
+        """Whether a CTC model has the same encoder, so that audio need be encoded once for both."""
+        return False
 
     @abstractmethod
     def bytes_of(self, *, seconds: float, labels: int) -> int:
@@ -61,15 +68,20 @@ class AttentionModel(ABC):
         """log p(labels) of the decoder without audio, for `rows` utterances: its internal language model (arXiv 2011.01991)."""
 
 
-def load_attention_model(name: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AttentionModel:
-    """The encoder-decoder or speech LLM of a model folder of ours, or Whisper of a folder or hub id. Raises ModelError."""
+def load_attention_model(
+    name: str | Path, *, dtype: Precision = "float32", device: str = "cpu", ctc: CtcModel | None = None
+) -> AttentionModel:
+    """The encoder-decoder or speech LLM of a model folder of ours, or Whisper of a folder or hub id. Raises ModelError.
+
+    ctc: the CTC part of such a folder, if it was loaded before.
+    """
     kind = kind_of(name)
     if kind == "speech_llm":
         from duolect.models.speech_llm import SpeechLlm  # which needs this file
 
-        return SpeechLlm.load(name, dtype=dtype, device=device)
+        return SpeechLlm.load(name, dtype=dtype, device=device, ctc=ctc)
     if kind in ("aed", "ctc"):
-        return AedModel.load(name, dtype=dtype, device=device)
+        return AedModel.load(name, dtype=dtype, device=device, ctc=ctc)
     return WhisperAed.load(name, dtype=dtype, device=device)
 
 
@@ -131,10 +143,12 @@ class AedModel(FolderModel, AttentionModel):
         return AedOutput(heads, decoded.logits, decoded.aux, targets)
 
     @torch.no_grad()
-    def scorer(self, audios: Sequence[np.ndarray]) -> AedScorer:
-        return AedScorer(
-            self, encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds, dtype=self.decoder.embedding.weight.dtype)
-        )
+    def scorer(self, audios: Sequence[np.ndarray], heard: CtcOutput | None = None) -> AedScorer:
+        dtype = self.decoder.embedding.weight.dtype
+        return AedScorer(self, encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds, dtype=dtype, heard=heard))
+
+    def shares(self, model: AcousticModel) -> bool:
+        return model is self.ctc and self.ctc.stack == 1
 
     def bytes_of(self, *, seconds: float, labels: int) -> int:
         dims, frames = self.decoder.dims, math.ceil(seconds / self.ctc.encoder.seconds_per_frame)
@@ -156,22 +170,38 @@ class AedModel(FolderModel, AttentionModel):
         return {**self.ctc.settings(), "type": "aed", "decoder": asdict(self.decoder.dims), "max_seconds": self.max_seconds}
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> AedModel:
-        """The model that `save` wrote, in eval mode; with a `dtype` below fp32 the encoder runs under autocast. Raises ModelError."""
+    def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu", ctc: CtcModel | None = None) -> AedModel:
+        """The model that `save` wrote, in eval mode; with a `dtype` below fp32 the encoder runs under autocast. Raises ModelError.
+
+        ctc: its CTC part, if that was loaded before.
+        """
         folder = Path(folder)
         config = read_config(folder, kind="aed")
         fields = config["decoder"]
         dims = DecoderDims(**{**fields, "aux": tuple(fields["aux"])})
-        model = cls(CtcModel.of_config(config, folder), dims, max_seconds=config["max_seconds"])
-        load_weights(model.weights(), folder)
+        model = cls(ctc or CtcModel.load(folder), dims, max_seconds=config["max_seconds"])
+        own = {name: x for name, x in model.weights().items() if name.startswith("decoder.")}
+        load_weights(own, folder, ignore=("encoder.", "head.", "aux."))
         model.decoder.to(getattr(torch, dtype))
         return model.to(device).eval()
 
 
-def encoded_whole(encoder: Encoder, audios: Sequence[np.ndarray], *, max_seconds: float, dtype: torch.dtype = torch.float32) -> Encoded:
-    """The frames of a batch of samples [N], in `dtype`, on the encoder's device; below fp32 under autocast. ModelError for longer audio."""
+def encoded_whole(
+    encoder: Encoder,
+    audios: Sequence[np.ndarray],
+    *,
+    max_seconds: float,
+    dtype: torch.dtype = torch.float32,
+    heard: CtcOutput | None = None,
+) -> Encoded:
+    """The frames of a batch of samples [N], in `dtype`, on the encoder's device; below fp32 under autocast. ModelError for longer audio.
+
+    heard: as in AttentionModel.scorer.
+    """
     _require_length(audios, max_seconds, "the model")
     device = next(encoder.parameters()).device
+    if heard is not None and heard.frames is not None:
+        return Encoded(heard.frames.to(device, dtype), heard.lengths.to(device))
     features = [encoder.features(torch.as_tensor(audio, device=device)) for audio in audios]
 
     def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,7 +253,7 @@ class WhisperAed(AttentionModel):
         return cls(model.to(device), TokenizerVocabulary.load(name))  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def scorer(self, audios: Sequence[np.ndarray]) -> WhisperScorer:
+    def scorer(self, audios: Sequence[np.ndarray], heard: CtcOutput | None = None) -> WhisperScorer:
         _require_length(audios, WINDOW_SECONDS, "Whisper")
         size = int(SAMPLE_RATE * WINDOW_SECONDS)
         weight = self.output.weight

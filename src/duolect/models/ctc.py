@@ -31,15 +31,21 @@ from duolect.run import write_tensors
 from duolect.vocabulary import CharacterVocabulary, TokenizerVocabulary, Vocabulary, load_vocabulary
 
 RANGES = {"stack": (1, 16), "window_seconds": (0.1, 3600.0), "blank_penalty": (0.0, 30.0)}  # of what config.json may say
+OURS = ("ctc", "aed", "speech_llm")
+"""Kinds of model folders that have a CtcModel in them."""
 MIN_SAMPLES = 400  # 25 ms: wav2vec2's convolutions need as much for one frame
 
 
 @dataclass(frozen=True)
 class CtcOutput:
-    """log p(label | frame): log_probs [B, T, V] fp32, natural, real in the first lengths [B] frames."""
+    """log p(label | frame): log_probs [B, T, V] fp32, natural, real in the first lengths [B] frames.
+
+    frames: [B, T, D] what the encoder heard there, where a decoder wants it too.
+    """
 
     log_probs: Tensor
     lengths: Tensor
+    frames: Tensor | None = None
 
 
 class AcousticModel(ABC):
@@ -53,8 +59,11 @@ class AcousticModel(ABC):
         """Moves the encoder; log-probs come back to the CPU all the same."""
 
     @abstractmethod
-    def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
-        """The log-probs of samples [N], N >= 1, float32 mono 16 kHz, in the order given; any length, long audio goes through windows."""
+    def log_probs_of(self, audios: Sequence[np.ndarray], *, frames: bool = False) -> CtcOutput:
+        """The log-probs of samples [N], N >= 1, float32 mono 16 kHz, in the order given; any length, long audio goes through windows.
+
+        frames: with the encoder's frames, if the model is one of ours that stacks none.
+        """
 
 
 @dataclass(frozen=True)
@@ -159,20 +168,27 @@ class CtcModel(FolderModel, AcousticModel):
     def place(self, device: str) -> None:
         self.to(device)
 
-    def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
-        return self.in_windows(audios, self.windowing(), self)
+    def log_probs_of(self, audios: Sequence[np.ndarray], *, frames: bool = False) -> CtcOutput:
+        def heard(features: Tensor, lengths: Tensor) -> CtcOutput:
+            heads = self.of_encoded(self.encoder(features, lengths))
+            return replace(heads.main, frames=heads.encoded.frames if frames and self.stack == 1 else None)
+
+        return self.in_windows(audios, self.windowing(), heard)
 
     @torch.no_grad()
     def in_windows(self, audios: Sequence[np.ndarray], windowing: Windowing, heard: Callable[[Tensor, Tensor], CtcOutput]) -> CtcOutput:
         """What `heard` says of features [B, F, mels] and lengths [B], of samples [N] of any length, in the model's labels."""
         device = self.head.weight.device
-        features = [self.encoder.features(torch.as_tensor(audio, device=device)) for audio in audios]
+        features, labels = [self.encoder.features(torch.as_tensor(audio, device=device)) for audio in audios], self.vocabulary.size
 
         def run(features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
             output = heard(features, lengths)
-            return output.log_probs, output.lengths
+            return output.log_probs if output.frames is None else torch.cat([output.log_probs, output.frames], 2), output.lengths
 
-        return _padded(windowing.over(features, run), self.vocabulary)
+        found = windowing.over(features, run)
+        frames = [x[:, labels:].cpu() for x in found if x.shape[1] > labels]
+        output = _padded([x[:, :labels] for x in found], self.vocabulary)
+        return replace(output, frames=nn.utils.rnn.pad_sequence(frames, batch_first=True)) if frames else output
 
     def windowing(self) -> Windowing:
         """How long audio is cut, in feature frames."""
@@ -203,14 +219,8 @@ class CtcModel(FolderModel, AcousticModel):
 
         head: the layer of an auxiliary head that is to be the model's head; the layers above it are left out, and so are other heads.
         """
-        place = folder = Path(folder)
-        config = trained = read_config(folder)
-        while source := config.get("sources", {}).get("ctc"):  # of a speech LLM whose encoder rested
-            place = Path(resolve(source))
-            config = read_config(place)
-        if config.get("vocabulary") != trained.get("vocabulary"):
-            raise ModelError(f"{folder}: was trained on {place}, which has other units now: get the CTC model it was trained on")
-        model = cls.of_config(config, place)
+        place = ctc_source(folder)
+        model = cls.of_config(read_config(place), place)
         others = ("decoder.", "adapter.", "cross.", "audio_head.", "llm.")
         load_weights(model.state_dict(), place, ignore=others, given=_given(model.encoder))
         if spotter := spotter_of(model.encoder):
@@ -261,6 +271,18 @@ class CtcModel(FolderModel, AcousticModel):
         own |= {f"encoder.{name}": x for name, x in self.encoder.state_dict().items() if name in names}
         model.load_state_dict(own, assign=True)
         return model.train(self.training)
+
+
+def ctc_source(folder: str | Path) -> Path:
+    """The folder that has the CTC part of a model of ours: its own, or that of the model its encoder rested on. Raises ModelError."""
+    place = folder = Path(folder)
+    config = trained = read_config(folder)
+    while source := config.get("sources", {}).get("ctc"):
+        place = Path(resolve(source))
+        config = read_config(place)
+    if config.get("vocabulary") != trained.get("vocabulary"):
+        raise ModelError(f"{folder}: was trained on {place}, which has other units now: get the CTC model it was trained on")
+    return place
 
 
 def save_model(
@@ -334,7 +356,7 @@ class HuggingFaceCtc(AcousticModel):
         self.model.to(device)
 
     @torch.no_grad()
-    def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
+    def log_probs_of(self, audios: Sequence[np.ndarray], *, frames: bool = False) -> CtcOutput:
         audios = [np.pad(audio, (0, max(0, MIN_SAMPLES - len(audio)))) for audio in audios]
         together = len(audios) > 1 and self.together
         cut = replace(self.windowing(), batch_seconds=BATCH_SECONDS if together else 0.0)
@@ -376,7 +398,7 @@ def load_acoustic_model(name: str | Path) -> AcousticModel:
         if not head.isdecimal():
             raise ModelError(f"{name}#{head}: expected the number of a layer behind #, such as {name}#4, or llm")
         return CtcModel.load(place, head=int(head))
-    if Path(place).is_dir() and read_config(Path(place)).get("type") in ("ctc", "aed", "speech_llm"):
+    if kind_of(place) in OURS:
         return CtcModel.load(place)
     return HuggingFaceCtc.load(str(place))
 

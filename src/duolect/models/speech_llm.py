@@ -262,11 +262,18 @@ class SpeechLlm(FolderModel, AttentionModel):
         return [cross.heard(audio) for cross in self.cross]  # pyright: ignore[reportCallIssue]
 
     @torch.no_grad()
-    def scorer(self, audios: Sequence[np.ndarray]) -> SpeechLlmScorer:
-        encoded = encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds)
-        heads = self.ctc.of_encoded(encoded)
-        audio, lengths = self.adapter(heads.encoded, heads.main, self.embeddings)
+    def scorer(self, audios: Sequence[np.ndarray], heard: CtcOutput | None = None) -> SpeechLlmScorer:
+        encoded = encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds, heard=heard)
+        if heard is None:
+            heads = self.ctc.of_encoded(encoded)
+            encoded, heard = heads.encoded, heads.main
+        else:
+            heard = replace(heard, log_probs=heard.log_probs.to(encoded.frames.device))
+        audio, lengths = self.adapter(encoded, heard, self.embeddings)
         return SpeechLlmScorer(self, audio.to(self.embeddings.weight.dtype), lengths)
+
+    def shares(self, model: AcousticModel) -> bool:
+        return model is self.ctc and self.ctc.stack == 1
 
     def bytes_of(self, *, seconds: float, labels: int) -> int:
         dtype, text = self.embeddings.weight.dtype, sum(len(x) for x in self.prompts) + 1 + labels
@@ -312,8 +319,8 @@ class SpeechLlm(FolderModel, AttentionModel):
             self.vocabulary.save(folder / "llm")
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu") -> SpeechLlm:
-        """The model that `save` wrote, low-rank paths merged, in eval mode. Raises ModelError."""
+    def load(cls, folder: str | Path, *, dtype: Precision = "float32", device: str = "cpu", ctc: CtcModel | None = None) -> SpeechLlm:
+        """The model that `save` wrote, low-rank paths merged, in eval mode; ctc: its CTC part, if that was loaded before. ModelError."""
         folder = Path(folder)
         config = read_config(folder, kind="speech_llm")
         dims, sources = from_json(config["dims"], where=f"{folder}/config.json"), config["sources"]
@@ -326,7 +333,7 @@ class SpeechLlm(FolderModel, AttentionModel):
             vocabulary = load_vocabulary(folder / "llm")
         # What learned in the encoder was merged into it when it was saved.
         dims = replace(dims, encoder="rest", recompute=False)
-        model = cls(CtcModel.load(folder), llm, vocabulary, dims, sources=sources, max_seconds=config["max_seconds"])
+        model = cls(ctc or CtcModel.load(folder), llm, vocabulary, dims, sources=sources, max_seconds=config["max_seconds"])
         if model.vocabulary.digest() != config["language"]:
             raise ModelError(
                 f"{folder}: was trained on {sources.get('llm', 'llm/')} of vocabulary {config['language']}, found "
@@ -352,7 +359,7 @@ class AudioHead(AcousticModel):
     def place(self, device: str) -> None:
         self.model.to(device)
 
-    def log_probs_of(self, audios: Sequence[np.ndarray]) -> CtcOutput:
+    def log_probs_of(self, audios: Sequence[np.ndarray], *, frames: bool = False) -> CtcOutput:
         each, longest = round(self.seconds_per_frame / SECONDS_PER_FRAME), min(self.model.ctc.window_seconds, self.model.max_seconds)
         return self.model.ctc.in_windows(
             audios,

@@ -154,6 +154,10 @@ class Term(ABC):
         """Bytes of the keys and values it holds of an utterance, as AttentionModel.bytes_of."""
         return 0
 
+    def shares_encoder(self, models: Models, acoustic: str) -> bool:
+        """Whether it reads the frames of the acoustic model's encoder."""
+        return False
+
     def spelling(self, batch: Batch) -> TextPolicy:
         """How words are written for it."""
         return self.policy or TextPolicy()
@@ -252,7 +256,11 @@ class Attention(Term):
 
     def native(self, batch: Batch) -> Scorer[Any]:
         aed = batch.models.attention(self.model).told(self.context)
-        return batch.shared(f"{self.model} {self.context}", lambda: aed.scorer(batch.audios))
+        heard = batch.output if self.shares_encoder(batch.models, batch.acoustic) and batch.output.frames is not None else None
+        return batch.shared(f"{self.model} {self.context}", lambda: aed.scorer(batch.audios, heard))
+
+    def shares_encoder(self, models: Models, acoustic: str) -> bool:
+        return models.attention(self.model).shares(models.acoustic(acoustic))
 
 
 @registered
@@ -381,6 +389,10 @@ class Decoding(ABC):
     def hears_ctc(self) -> bool:
         """Whether it needs the CTC model's output, whose computation then counts as its own."""
         return True
+
+    def shares_encoder(self, models: Models, acoustic: str) -> bool:
+        """Whether a term of it does, so that the encoder's time is its own, too."""
+        return any(term.shares_encoder(models, acoustic) for term in self.terms.values())
 
     @abstractmethod
     def run(self, batch: Batch) -> list[list[Hypothesis]]:

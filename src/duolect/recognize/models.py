@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from duolect.models import ModelError, Precision
 from duolect.models.aed import AttentionModel, load_attention_model
-from duolect.models.ctc import AcousticModel, load_acoustic_model
+from duolect.models.ctc import OURS, AcousticModel, CtcModel, ctc_source, kind_of, load_acoustic_model
 from duolect.models.embedded import MODELS, SHIPPED_MODELS, resolve
 from duolect.models.lm import HFCausalLM, language_vocabulary
 from duolect.models.ngram import NGRAM_FILES, load_ngram
@@ -44,17 +44,29 @@ class Models:
     precision: Precision = "float32"
     say: Callable[[str], None] = field(default=lambda text: print(text, file=sys.stderr, flush=True))
     _loaded: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    _parts: dict[Path, CtcModel] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
 
     def acoustic(self, name: str) -> AcousticModel:
         """The CTC model of that name."""
 
         def load() -> AcousticModel:
-            model = load_acoustic_model(place_of(name, "acoustic"))
+            place = place_of(name, "acoustic")
+            if kind_of(place) in OURS:
+                return self._ctc(place)
+            model = load_acoustic_model(place)
             model.place(self.device)
             return model
 
         return self._once(("acoustic", name), load)
+
+    def _ctc(self, place: str) -> CtcModel:
+        """The CTC part of a model folder of ours, one for all models that have the same."""
+        source = ctc_source(place)
+        if source not in self._parts:
+            self._parts[source] = CtcModel.load(place)
+            self._parts[source].place(self.device)
+        return self._parts[source]
 
     def language(self, name: str, *, prompt: str = "", over: Vocabulary | None = None, oov: float = 0.0) -> Any:
         """The language model of that name, with a prompt before every text: an HFCausalLM, or an NgramScorer for a file of KenLM, which may
@@ -67,8 +79,13 @@ class Models:
 
     def attention(self, name: str) -> AttentionModel:
         """The attention encoder-decoder or speech LLM of that name."""
-        options: dict[str, Any] = {"dtype": self.precision, "device": self.device}
-        return self._once(("attention", name), lambda: load_attention_model(place_of(name, "attention"), **options))
+
+        def load() -> AttentionModel:
+            place = place_of(name, "attention")
+            ctc = self._ctc(place) if kind_of(place) in OURS else None
+            return load_attention_model(place, dtype=self.precision, device=self.device, ctc=ctc)
+
+        return self._once(("attention", name), load)
 
     def loaded(self, name: str) -> Any:
         """The language or attention model of that name if it is here already, else None."""

@@ -39,12 +39,14 @@ LETTER_SECONDS = 0.06
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a recording with its CTC log-probs [T, V]; seconds from the begin of the recording."""
+    """A stretch of a recording with its CTC log-probs [T, V] and, where decoders want them, frames [T, D]; seconds from the begin of the
+    recording."""
 
     owner: int
     start: float
     audio: np.ndarray
     log_probs: Tensor
+    frames: Tensor | None = None
 
     @property
     def seconds(self) -> float:
@@ -99,7 +101,7 @@ class Recognizer:
     def batch_of(self, utterance: Utterance) -> Batch:
         """The one utterance as the decodings hear it. Raises AudioError, and SearchError for a recording that is searched in segments."""
         model, (_, audio) = self.models.acoustic(self.acoustic), _heard(utterance)
-        segments = _segments(0, audio, model.log_probs_of([audio]).log_probs[0], model)
+        segments = _segments(0, audio, model.log_probs_of([audio]), model)
         if len(segments) > 1:
             raise SearchError(
                 f"{utterance.id}: {len(audio) / SAMPLE_RATE:.0f} s are searched in {len(segments)} segments, each scored alone: "
@@ -146,12 +148,11 @@ class Recognizer:
     def _together(self, loaded: Sequence[tuple[Utterance, np.ndarray]]) -> list[dict[str, Recognized]]:
         model = self.models.acoustic(self.acoustic)
         begin = time.perf_counter()
-        output = model.log_probs_of([audio for _, audio in loaded])
+        sharing = {name for name, decoding in self.decodings.items() if decoding.shares_encoder(self.models, self.acoustic)}
+        output = model.log_probs_of([audio for _, audio in loaded], frames=bool(sharing))
         encoding = (time.perf_counter() - begin) / max(sum(len(audio) for _, audio in loaded), 1)  # per sample
         found: dict[str, dict[int, list[tuple[float, Found]]]] = {name: defaultdict(list) for name in self.decodings}
-        segments = [
-            s for i, (_, audio) in enumerate(loaded) for s in _segments(i, audio, output.log_probs[i, : int(output.lengths[i])], model)
-        ]
+        segments = [s for i, (_, audio) in enumerate(loaded) for s in _segments(i, audio, output, model)]
         for indices in batches_by_seconds([s.seconds for s in segments], batch_seconds=self.batch_seconds):
             for part in self._fitting([segments[i] for i in indices]):
                 batch = self._prepared(part, model)
@@ -163,7 +164,7 @@ class Recognizer:
             fields = {**{k: v for k, v in utterance.fields.items() if v is not None}, "duration": round(len(audio) / SAMPLE_RATE, 3)}
             results.append(
                 {
-                    name: self._joined(fields, found[name][i], encoding * len(audio) * decoding.hears_ctc)
+                    name: self._joined(fields, found[name][i], encoding * len(audio) * (decoding.hears_ctc or name in sharing))
                     for name, decoding in self.decodings.items()
                 }
             )
@@ -192,7 +193,8 @@ class Recognizer:
     def _prepared(self, segments: Sequence[Segment], model: AcousticModel) -> Batch:
         lengths = torch.tensor([len(s.log_probs) for s in segments])
         padded = torch.nn.utils.rnn.pad_sequence([s.log_probs for s in segments], batch_first=True)
-        output = CtcOutput(padded, lengths)
+        frames = [s.frames for s in segments if s.frames is not None]
+        output = CtcOutput(padded, lengths, torch.nn.utils.rnn.pad_sequence(frames, batch_first=True) if frames else None)
         return Batch([s.audio for s in segments], output, model.vocabulary, self.acoustic, self.models, model.seconds_per_frame)
 
     def _search(self, decoding: Decoding, batch: Batch, segments: Sequence[Segment], model: AcousticModel) -> list[Found]:
@@ -256,14 +258,25 @@ def _heard(utterance: Utterance) -> tuple[Utterance, np.ndarray]:
     return utterance, audio
 
 
-def _segments(owner: int, audio: np.ndarray, log_probs: Tensor, model: AcousticModel) -> list[Segment]:
+def _segments(owner: int, audio: np.ndarray, output: CtcOutput, model: AcousticModel) -> list[Segment]:
+    """A recording, row `owner` of an output, cut at pauses where it is long."""
     assert model.vocabulary.blank is not None
+    log_probs, frames = (None if x is None else x[owner, : int(output.lengths[owner])] for x in (output.log_probs, output.frames))
+    assert log_probs is not None
     longest = int(SEGMENT_SECONDS / model.seconds_per_frame)
     samples = model.seconds_per_frame * SAMPLE_RATE
     out = []
     for start, end in pauses(log_probs[:, model.vocabulary.blank], longest=longest):
         last = len(audio) if end == len(log_probs) else round(end * samples)
-        out.append(Segment(owner, start * model.seconds_per_frame, audio[round(start * samples) : last], log_probs[start:end]))
+        out.append(
+            Segment(
+                owner,
+                start * model.seconds_per_frame,
+                audio[round(start * samples) : last],
+                log_probs[start:end],
+                frames[start:end] if frames is not None else None,
+            )
+        )
     return out
 
 

@@ -22,6 +22,10 @@ from duolect.train.parallel import World
 
 Rows = Mapping[str, Mapping[str, str]]
 
+_REQUEST = "Transcribe speech to text. ASSISTANT: "
+# What low-rank paths, new layers and random weights need would make a pre-trained model forget.
+_WHOLE = {"llm.dims.learns": "all", "training.learning_rates.llm": "5e-5"}
+
 TABLES: Mapping[str, Rows] = {
     "attention": {
         "prefix": {"llm.dims.attention": "prefix"},
@@ -32,8 +36,8 @@ TABLES: Mapping[str, Rows] = {
     "learning": {
         "LLM at rest": {"llm.dims.learns": "nothing"},
         "LoRA": {"llm.dims.learns": "lora"},
-        "LLM whole": {"llm.dims.learns": "all"},
-        "LLM whole, embeddings too": {"llm.dims.learns": "all", "llm.dims.embeddings": "learn"},
+        "LLM whole": _WHOLE,
+        "LLM whole, embeddings too": {**_WHOLE, "llm.dims.embeddings": "learn"},
     },
     "downsampling": {
         **{
@@ -44,17 +48,19 @@ TABLES: Mapping[str, Rows] = {
         "by CTC label": {"llm.dims.adapter.labels": "false", "llm.dims.adapter.kind": "ctc"},
         "by CTC label, with its posterior": {"llm.dims.adapter.kind": "ctc", "llm.dims.adapter.labels": "true"},
         "by word of CTC's transcript": {"llm.dims.adapter.labels": "false", "llm.dims.adapter.kind": "words"},
+        "by word of CTC's transcript, with its posterior": {"llm.dims.adapter.kind": "words", "llm.dims.adapter.labels": "true"},
     },
     "prompts": {
-        "none": {},
-        "before": {"llm.dims.before": "USER: "},
-        "after": {"llm.dims.after": "Transcribe speech to text. ASSISTANT: "},
-        "both": {"llm.dims.before": "USER: ", "llm.dims.after": "Transcribe speech to text. ASSISTANT: "},
+        "none": {"llm.dims.before": "", "llm.dims.after": ""},
+        "before": {"llm.dims.before": "USER: ", "llm.dims.after": ""},
+        "after": {"llm.dims.before": "", "llm.dims.after": _REQUEST},
+        "both": {"llm.dims.before": "USER: ", "llm.dims.after": _REQUEST},
+        "the recipe's": {},
     },
     "initial": {
         "pre-trained": {},
+        "pre-trained, whole": {**_WHOLE, "llm.dims.embeddings": "learn"},
         "random, whole": {"llm.dims.pretrained": "false", "llm.dims.learns": "all", "llm.dims.embeddings": "learn"},
-        "pre-trained, whole": {"llm.dims.learns": "all", "llm.dims.embeddings": "learn"},
     },
     "units": {
         "the LLM's own": {},
