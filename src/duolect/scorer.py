@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from duolect.vocabulary import Vocabulary
 
@@ -28,7 +28,7 @@ class Scorer(ABC, Generic[State]):
     """
 
     vocabulary: Vocabulary
-    rewards: ClassVar[bool] = False  # whether a further label may score above 0, which no log-probability does
+    reward: float = 0.0  # the most that one phrase may win; 0 where labels only cost, as log-probabilities do
 
     @abstractmethod
     def start(self, rows: int) -> State:

@@ -20,7 +20,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from duolect.config import ConfigError, from_json, to_json
+from duolect.config import ConfigError, from_json, to_json, with_overrides
 from duolect.data.sources import open_source
 from duolect.data.utterance import load_audio
 from duolect.models import ModelError
@@ -469,10 +469,26 @@ def test_a_missing_prior_and_a_beam_of_nothing_are_said(zoo, models):
                 open_source(zoo["corpus"]).utterances, progress=False
             )
         )
-    with pytest.raises(SearchError, match="beam of 0"):
-        list(
-            Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(0)}).recognize(open_source(zoo["corpus"]).utterances, progress=False)
-        )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("ctc", {"beam": "0"}),
+        ("delayed", {"collapse": "-1"}),
+        ("ctc", {"label_floor": "-1"}),
+        ("sllm", {"repeats": "1"}),
+        ("sllm+ctc-label", {"proposals": "0"}),
+        ("sllm+ctc-label", {"terms.ctc.keep_labels": "0"}),
+        ("sllm-draft", {"labels_per_second": "0"}),
+        ("sllm-draft", {"terms": "{}"}),
+        ("sllm", {"terms": "{}"}),
+    ],
+)
+def test_settings_that_make_no_sense_are_said_before_anything_is_loaded(zoo, name, changes):
+    decoding = decoding_of(name, ingredients(zoo))
+    with pytest.raises(ConfigError, match=r"makes no sense: give|give it"):
+        with_overrides(decoding, changes)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,20 @@ def test_a_label_synchronous_search_does_not_end_before_a_bonus_can_come(letters
     assert found["best"] == found["all"] and found["best"].parts["context"] > 0
 
 
+def test_a_label_synchronous_search_ends_when_one_phrase_cannot_turn_it(letters, monkeypatch):
+    steps, plainly = list[int](), ContextScorer.log_probs
+    monkeypatch.setattr(ContextScorer, "log_probs", lambda self, *x: [steps.append(1), plainly(self, *x)][1])
+    scorer = ContextScorer({"abba": 0.5, "b ab": 0.9, "ba": -3.0}, letters)
+    assert scorer.reward == pytest.approx(2.7)
+    fused = {"lm": Fused(scorer=tiny_lm("llama", letters), scale=1.0), "context": Fused(scorer=scorer, scale=1.0)}
+    found = {}
+    for stop in ("best", "all"):
+        found[stop] = label_beam_search(fused, 1, beam=6, max_labels=40, stop=stop)[0][0], len(steps)
+        steps.clear()
+    assert found["best"][0] == found["all"][0]
+    assert found["best"][1] < 15 < found["all"][1]
+
+
 def test_phrases_that_cannot_be_written_are_known(letters):
     assert ContextScorer({"abba": 1, "Krige": 1, "b-a!": 1}, letters).unwritable == ["krige"]
     with pytest.raises(SearchError, match="no phrase with a letter"):

@@ -128,6 +128,14 @@ def reduced(output: CtcOutput, vocabulary: Vocabulary, *, collapse: float | None
     return CtcOutput(log_probs, lengths)
 
 
+def _require(config: object, **least: float) -> None:
+    """SearchError, before any model is loaded, where a field is set to less than makes sense."""
+    for name, lowest in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= lowest:
+            raise SearchError(f"{name}={value:g} makes no sense: give {lowest:g} or more")
+
+
 class Term(ABC):
     """One scorer of the log-linear model, as a config. otherwise: replaces a `when` that looks ahead, where it hears other labels."""
 
@@ -280,6 +288,9 @@ class Ctc(Term):
     model: str = ""
     collapse: float | None = None
     keep_labels: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self, collapse=0.0, keep_labels=1)
 
     def load(self, models: Models, acoustic: str) -> None:
         models.acoustic(self.model or acoustic)
@@ -437,6 +448,9 @@ class TimeSynchronous(Decoding):
     label_floor: float | None = None
     beam_floor: float | None = None
 
+    def __post_init__(self) -> None:
+        _require(self, beam=1, collapse=0.0, keep_labels=1, label_floor=0.0, beam_floor=0.0)
+
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
         output = reduced(batch.output, batch.vocabulary, collapse=self.collapse, keep_labels=self.keep_labels)
         fused = {name: term.fused(batch, batch.vocabulary) for name, term in self.terms.items()}
@@ -479,13 +493,16 @@ class LabelSynchronous(Decoding):
     proposals: int = 2
     as_learned: bool = True
 
+    def __post_init__(self) -> None:
+        _require(self, beam=1, labels_per_second=0.1, repeats=2, proposals=1)
+        if not self.terms:
+            raise SearchError("a label-synchronous decoding without terms has none to propose labels: give it an Attention term first")
+
     @property
     def hears_ctc(self) -> bool:
         return any(term.hears_ctc for term in self.terms.values())
 
     def run(self, batch: Batch) -> list[list[Hypothesis]]:
-        if not self.terms:
-            raise SearchError("a label-synchronous decoding without terms has none to propose labels: give it an Attention term first")
         (lead, term), *others = self.terms.items()
         first = term.native(batch)
         fused = {lead: Fused(scorer=first, scale=term.scale, when=term.when)}
@@ -518,9 +535,12 @@ class Speculative(Decoding):
     draft: Draft = field(default_factory=Draft)
     labels_per_second: float = 10.0
 
-    def run(self, batch: Batch) -> list[list[Hypothesis]]:
+    def __post_init__(self) -> None:
+        _require(self, labels_per_second=0.1)
         if len(self.terms) != 1:
             raise SearchError(f"speculative decoding has {len(self.terms)} terms ({', '.join(self.terms)}): give it the one that decodes")
+
+    def run(self, batch: Batch) -> list[list[Hypothesis]]:
         ((name, term),) = self.terms.items()
         heard, spelled = ctc_greedy(batch.output.log_probs, batch.output.lengths, vocabulary=batch.vocabulary), term.spelling(batch)
         drafts = [spelled.text(nbest[0].text if nbest else "") for nbest in heard]

@@ -28,8 +28,6 @@ class ContextScorer(Scorer[Tensor]):
     a state [R] is a node. Letters that a label writes only in part (bytes) are in no phrase.
     """
 
-    rewards = True
-
     def __init__(self, phrases: Mapping[str, float], vocabulary: Vocabulary) -> None:
         weights: dict[str, float] = {}
         for phrase, weight in phrases.items():
@@ -38,6 +36,7 @@ class ContextScorer(Scorer[Tensor]):
         if not weights:
             raise SearchError("there is no phrase with a letter in it: give --context a file of one phrase a line, or phrases")
         self.vocabulary = vocabulary
+        self.reward = max(0.0, *(weight * sum(c != " " for c in key) for key, weight in weights.items()))
         written = [plain(text) for text in vocabulary.label_texts]
         letters = {c: i for i, c in enumerate(sorted({c for key in weights for c in key} - {" "}), start=OTHER + 1)} | {" ": SPACE}
         texts = [torch.tensor([letters.get(c, OTHER) for c in text], dtype=torch.long) for text in written]

@@ -68,14 +68,14 @@ def label_beam_search(
 ) -> list[list[Hypothesis]]:
     """Up to `beam` finished hypotheses per utterance, best first, by (sum_i scale_i * log p_i) / (labels incl. eos)^length_exponent.
 
-    Scorers whose schedule looks ahead propose labels; of the first one's vocabulary; the others are asked when their
-    schedule says so. max_labels (int or [B]): a hypothesis of that many labels can only end. stop: `best` ends an
-    utterance once nothing still growing can overtake its best finished hypothesis, `all` once the whole beam has ended. ends: `beam`
-    gives a finished hypothesis a slot where it wins one by what the proposing scorers say; `apart` lets every hypothesis end at every
-    step, judged by all scorers in full, and keeps the best of these in a list of their own: for a scorer, such as CTC, that knows what
-    is left to be said, and that would otherwise be heard too late. repeats: a hypothesis that ends in so many repetitions of the same 1
-    to LONGEST_LOOP labels can only end; None: nobody looks. proposals: so many times `beam` hypotheses are proposed at a step where other
-    scorers that are due have a say in which of them stay. never: [V] bool, labels that are not proposed.
+    Scorers whose schedule looks ahead propose labels; of the first one's vocabulary; the others are asked when their schedule says so.
+    max_labels (int or [B]): a hypothesis of that many labels can only end. stop: `best` ends an utterance once nothing still growing can
+    overtake its best finished hypothesis (with phrases to win: by one of them), `all` once the whole beam has ended. ends: `beam` gives a
+    finished hypothesis a slot where it wins one by what the proposing scorers say; `apart` lets every hypothesis end at every step, judged
+    by all scorers in full, and keeps the best of these in a list of their own: for a scorer, such as CTC, that knows what is left to be
+    said, and that would otherwise be heard too late. repeats: a hypothesis that ends in so many repetitions of the same 1 to LONGEST_LOOP
+    labels can only end; None: nobody looks. proposals: so many times `beam` hypotheses are proposed at a step where other scorers that are
+    due have a say in which of them stay. never: [V] bool, labels that are not proposed.
     """
     if not any(f.when.lookahead and f.scale != 0 for f in fused.values()):
         raise SearchError(
@@ -119,8 +119,9 @@ def _search(
     who = torch.arange(utterances)  # the utterances still searched; finished ones leave the batch, so that no straggler holds them
     results: list[list[Hypothesis]] = [[] for _ in range(utterances)]
     step = 0
-    # Bounds hold only while every further label costs: no length normalization, no negative scale (a prior), no bonus.
-    bounded = stop == "best" and exponent == 0 and all(f.scale >= 0 and not f.scorer.rewards for f in fused.values())
+    # Bounds hold only while every further label costs: no length normalization, no negative scale (a prior), but for one phrase's reward.
+    bounded = stop == "best" and exponent == 0 and all(f.scale >= 0 for f in fused.values())
+    ahead = sum(f.scale * f.scorer.reward for f in fused.values())
     while len(who):
         step += 1
         only_end = now.ended | (now.length >= limit[who, None])
@@ -140,7 +141,7 @@ def _search(
         if bounded:
             finished = torch.where(now.ended, now.score, NEG).amax(1) if apart is None else apart.beam.score[:, 0]
             growing = torch.where(now.ended, NEG, now.score).amax(1)
-            done |= (finished > NEG) & (finished >= growing)
+            done |= (finished > NEG) & (finished >= growing + ahead)
         if bool(done.any()):
             found, scores = (apart.beam, apart.scores) if apart else (now, {name: term.score for name, term in terms.items()})
             for b in done.nonzero()[:, 0].tolist():
