@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast
 
+from duolect.search import context
 from duolect.search.context import ContextScorer
 from duolect.search.ctc import ctc_beam_search
 from duolect.search.fusion import Every, EveryLabel, Fused, SearchError
@@ -41,7 +42,9 @@ def vocabulary(request, letters, other_vocabularies, tmp_path) -> Vocabulary:
     return {"letters": letters, "upper": upper, "wordpiece": word_pieces(tmp_path), **other_vocabularies}[request.param]
 
 
-def test_any_labels_in_any_cuts_have_the_bonus_of_their_text(vocabulary):
+@pytest.mark.parametrize("kept", [2, 256])
+def test_any_labels_in_any_cuts_have_the_bonus_of_their_text(vocabulary, monkeypatch, kept):
+    monkeypatch.setattr(context, "KEPT", kept)
     scorer, rng = ContextScorer(PHRASES, vocabulary), random.Random(1)
     spoken = [i for i in range(vocabulary.size) if i != vocabulary.eos and set(vocabulary.label_texts[i].lower()) <= set("ab ")]
     histories = [[rng.choice(spoken) for _ in range(rng.randint(0, 14))] for _ in range(300)]

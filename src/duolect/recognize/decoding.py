@@ -361,6 +361,11 @@ class Internal(Attention):
         return batch.shared(f"internal {self.model}", lambda: aed.internal(len(batch.audios)))
 
 
+@lru_cache(maxsize=8)
+def _context(phrases: tuple[tuple[str, float], ...], vocabulary: Vocabulary) -> ContextScorer:
+    return ContextScorer(dict(phrases), vocabulary)
+
+
 @registered
 @dataclass(frozen=True)
 class Context(Term):
@@ -372,17 +377,14 @@ class Context(Term):
     policy: TextPolicy | None = None
 
     def load(self, models: Models, acoustic: str) -> None:
-        if never := ContextScorer(self.phrases, models.acoustic(acoustic).vocabulary).unwritable:
+        if never := _context(tuple(self.phrases.items()), models.acoustic(acoustic).vocabulary).unwritable:
             models.say(f"warning: {acoustic} never writes some letters of these phrases: {', '.join(never)}")
 
     def native(self, batch: Batch) -> Scorer[Any]:
         return self.fused(batch, batch.vocabulary).scorer
 
     def fused(self, batch: Batch, vocabulary: Vocabulary) -> Fused:
-        scorer = batch.shared(
-            f"context {vocabulary.digest()} {sorted(self.phrases.items())}", lambda: ContextScorer(self.phrases, vocabulary)
-        )
-        return Fused(scorer=scorer, scale=self.scale, when=self.when)
+        return Fused(scorer=_context(tuple(self.phrases.items()), vocabulary), scale=self.scale, when=self.when)
 
 
 class Decoding(ABC):

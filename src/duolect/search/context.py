@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from duolect.scorer import Scorer
 from duolect.search.fusion import SPACED, SearchError
 from duolect.vocabulary import Vocabulary
+
+KEPT = 256
+"""Nodes of which it is remembered what every label gains."""
 
 NOTHING, SPACE, OTHER = 0, 1, 2
 """Letters' numbers: behind the end of a label's text, between words, in no phrase."""
@@ -43,15 +46,36 @@ class ContextScorer(Scorer[Tensor]):
         self.letters = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=NOTHING)  # [V, letters]
         self.unwritable = sorted(key.strip() for key in weights if set(key) - {" "} - {c for text in written for c in text})
         self.next, self.gain, self.end = _automaton(weights, letters)
+        sizes = (self.letters != NOTHING).sum(1)
+        self._longest_first = sizes.argsort(descending=True)
+        self._writing = [int((sizes > i).sum()) for i in range(self.letters.shape[1])]
+        self._known: dict[int, Tensor] = {}
 
     def start(self, rows: int) -> Tensor:
         return torch.full((rows,), int(self.next[0, SPACE]))
 
     def log_probs(self, state: Tensor, labels: Tensor | None = None) -> Tensor:
         nodes, row = state.unique(return_inverse=True)
-        gained, _ = self._walk(nodes[:, None].expand(-1, self.vocabulary.size), self.letters)
-        gained[:, self.vocabulary.eos] = self.end[nodes]
-        return gained[row] if labels is None else gained[row].gather(1, labels.cpu())
+        gained = self._every_label(nodes.tolist())[row]
+        return gained if labels is None else gained.gather(1, labels.cpu())
+
+    def _every_label(self, nodes: Sequence[int]) -> Tensor:
+        """[N, V] what each label gains from some nodes; those of a search's hypotheses are few, and come again and again."""
+        known = self._known
+        if new := [node for node in nodes if node not in known]:
+            at = torch.tensor(new)[:, None].expand(-1, self.vocabulary.size).clone()
+            gained = torch.zeros(at.shape)
+            for column, count in zip(self.letters[self._longest_first].unbind(1), self._writing, strict=True):
+                here, letter = at[:, :count], column[:count]  # of the labels that have so many letters
+                gained[:, :count] += self.gain[here, letter]
+                at[:, :count] = self.next[here, letter]
+            gained[:, self._longest_first] = gained.clone()
+            gained[:, self.vocabulary.eos] = self.end[new]
+            known.update(zip(new, gained, strict=True))
+        found = torch.stack([known[node] for node in nodes])
+        for node in list(known)[: max(0, len(known) - KEPT)]:
+            del known[node]
+        return found
 
     def advance(self, state: Tensor, labels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         real = torch.arange(labels.shape[1]) < lengths.cpu()[:, None]
