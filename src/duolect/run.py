@@ -157,7 +157,7 @@ def open_run(path: str | Path, *, recipe: Any, device: str, seed: int) -> None:
     wanted, recipe_path, env_path = to_json(recipe), path / "recipe.json", path / "env.json"
     resumed = recipe_path.is_file()
     if resumed:
-        _require_same_recipe(recipe_path, wanted)
+        require_same_recipe(path, recipe)
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path} exists and is no run folder (no recipe.json); give a new folder, or remove this one")
     starts = _read_json(env_path)["starts"] if env_path.is_file() else []
@@ -166,8 +166,9 @@ def open_run(path: str | Path, *, recipe: Any, device: str, seed: int) -> None:
         write_json(recipe_path, wanted)
 
 
-def _require_same_recipe(path: Path, wanted: Mapping[str, Any]) -> None:
-    stored = _read_json(path)
+def require_same_recipe(folder: Path, recipe: Any) -> None:
+    """RunError, with the fields that differ, unless the folder's run is of this recipe."""
+    stored, wanted = _read_json(folder / "recipe.json"), to_json(recipe)
     try:
         # A recipe written before a field existed had that field's default.
         stored_now = to_json(from_json(stored))
@@ -177,7 +178,7 @@ def _require_same_recipe(path: Path, wanted: Mapping[str, Any]) -> None:
         changes = diff(stored_now, wanted)
         shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
         raise RunError(
-            f"{path.parent} holds a run of another recipe ({digest(stored_now)}, now {digest(wanted)}): {shown}. "
+            f"{folder} holds a run of another recipe ({digest(stored_now)}, now {digest(wanted)}): {shown}. "
             "Give another folder, or the old values to resume"
         )
 

@@ -156,8 +156,10 @@ def test_one_encoder_of_two_models_hears_once(zoo, models, monkeypatch, tmp_path
         return plainly(self, encoded)
 
     monkeypatch.setattr(CtcModel, "of_encoded", slow)
-    for am in ("am", "sllm"):
-        together = recognized(Recognizer(models, str(tmp_path / am), decodings), zoo, name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("am")
+    for am in ("am", "sllm", "link"):
+        together = recognized(Recognizer(models, am, decodings), zoo, name)
         assert calls == [len(TEXTS)]
         assert sum(r.seconds for r in together) >= 0.7
         for a, b in zip(together, apart, strict=True):
@@ -353,8 +355,8 @@ def test_long_audio_is_cut_at_pauses_and_joined(zoo, models, tmp_path):
     (utterance,) = open_source(tmp_path / "long.wav").utterances
     model, audio = models.acoustic(str(zoo["am"])), load_audio(utterance)
     heard = model.log_probs_of([audio])
-    for part in _segments(0, audio, replace(heard, frames=heard.log_probs + 1.0), model):
-        assert part.frames is not None and torch.equal(part.frames, part.log_probs + 1.0)
+    parts = _segments(0, audio, replace(heard, frames=heard.log_probs), model)
+    assert len(parts) > 1 and all(part.frames is None for part in parts), "a decoder hears each part anew"
     recognizer = Recognizer(models, str(zoo["am"]), {"it": TimeSynchronous(3)}, word_times=True)
     (found,) = [r["it"] for r in recognizer.recognize([utterance], progress=False)]
     assert found.error is None

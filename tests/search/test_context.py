@@ -99,11 +99,20 @@ def test_a_label_synchronous_search_does_not_end_before_a_bonus_can_come(letters
     assert found["best"] == found["all"] and found["best"].parts["context"] > 0
 
 
+@pytest.mark.parametrize("phrases", [{"abb": -3.0, "bbb": 0.1}, {"ab": 0.4, "abba ab": 0.4}, {"a": -2.0, "abab": 1.5}])
+@pytest.mark.parametrize("seed", range(6))
+def test_phrases_that_are_held_against_a_text_do_not_end_a_search_too_early(letters, phrases, seed):
+    lm = Fused(scorer=tiny_lm("llama", letters, seed=seed), scale=1.0)
+    fused = {"lm": lm, "context": Fused(scorer=ContextScorer(phrases, letters), scale=1.0)}
+    best, every = (label_beam_search(fused, 1, beam=60, max_labels=6, stop=stop)[0][0] for stop in ("best", "all"))
+    assert best == every
+
+
 def test_a_label_synchronous_search_ends_when_one_phrase_cannot_turn_it(letters, monkeypatch):
     steps, plainly = list[int](), ContextScorer.log_probs
     monkeypatch.setattr(ContextScorer, "log_probs", lambda self, *x: [steps.append(1), plainly(self, *x)][1])
     scorer = ContextScorer({"abba": 0.5, "b ab": 0.9, "ba": -3.0}, letters)
-    assert scorer.reward == pytest.approx(2.7)
+    assert scorer.reward == pytest.approx(2.7 + 6.0), "the best phrase, and what was held against a beginning of the worst"
     fused = {"lm": Fused(scorer=tiny_lm("llama", letters), scale=1.0), "context": Fused(scorer=scorer, scale=1.0)}
     found = {}
     for stop in ("best", "all"):

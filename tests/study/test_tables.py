@@ -8,6 +8,7 @@ import pytest
 
 from duolect.config import digest
 from duolect.recipes.asr import RECIPES
+from duolect.run import RunError
 from duolect.study.tables import TABLES, Study
 
 
@@ -20,7 +21,8 @@ def test_rows_differ(table: str, recipe: str) -> None:
         assert len({digest(x) for x in experiments.values()}) == len(experiments)
 
 
-def test_a_table_is_trained_recognized_and_continued(zoo, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+@pytest.mark.parametrize("table", ["prompts", "units", "learning"])
+def test_a_table_is_trained_recognized_and_continued(zoo, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys, table: str) -> None:
     from duolect.cli import study as command
 
     corpus = str(zoo["corpus"])
@@ -35,17 +37,33 @@ def test_a_table_is_trained_recognized_and_continued(zoo, tmp_path, monkeypatch:
         "max_share_lost=0.9",
     )
     names = ("sllm-greedy", "sllm+ctc-label")
-    assert command.study("prompts", (corpus,), corpus, tmp_path / "out", set=(changes,), decodings=names, limit=3, device="cpu") == 0
-    table = capsys.readouterr().out
-    assert "CTC greedy" in table and all(f"{title}: greedy" in table and f"{title}: + CTC" in table for title in TABLES["prompts"])
+    assert command.study(table, (corpus,), corpus, tmp_path / "out", set=(changes,), decodings=names, limit=3, device="cpu") == 0
+    printed = capsys.readouterr().out
+    assert "CTC greedy" in printed and all(f"{title}: greedy" in printed and f"{title}: + CTC" in printed for title in TABLES[table])
     assert (tmp_path / "out" / "table.md").is_file() and (tmp_path / "out" / "table.json").is_file()
 
     before = json.loads((tmp_path / "out" / "table.json").read_text())["table"]["rows"]
     monkeypatch.setattr("duolect.study.tables.run", lambda *x, **y: pytest.fail("trained again"))
     monkeypatch.setattr("duolect.recognize.recognizer.Recognizer.recognize", lambda *x, **y: pytest.fail("recognized again"))
-    assert command.study("prompts", (corpus,), corpus, tmp_path / "out", set=(changes,), decodings=names, limit=3, device="cpu") == 0
+    assert command.study(table, (corpus,), corpus, tmp_path / "out", set=(changes,), decodings=names, limit=3, device="cpu") == 0
     after = json.loads((tmp_path / "out" / "table.json").read_text())["table"]["rows"]
     assert [(row["system"], row["wer"]) for row in after] == [(row["system"], row["wer"]) for row in before]
+    monkeypatch.setitem(TABLES, table, {title: {**row, "llm.dims.begin": "b"} for title, row in TABLES[table].items()})
+    with pytest.raises(RunError, match=r"holds a run of another recipe .*begin"):
+        command.study(table, (corpus,), corpus, tmp_path / "out", set=(changes,), decodings=names, limit=3, device="cpu")
+
+
+def test_how_rows_learn_is_the_users_to_say(tmp_path, monkeypatch) -> None:
+    from duolect.cli import study as command
+
+    seen = []
+    monkeypatch.setattr("duolect.study.tables.measured", lambda study, out, world: seen.append(study.experiments()) or [])
+    monkeypatch.setattr("duolect.cli.options.write_tables", lambda *x, **y: None)
+    for changes in ((), ("training.learning_rates.llm=1e-3", "llm.dims.learns=nothing")):
+        command.study("learning", ("train",), "test", tmp_path / "out", set=(changes,), device="cpu")
+    plainly, said = ({title: (x.training.learning_rates["llm"], x.llm.dims.learns) for title, x in rows.items()} for rows in seen)
+    assert plainly["LoRA"] == (3e-4, "lora") and plainly["LLM whole"] == (5e-5, "all")
+    assert said["LoRA"] == (1e-3, "lora") and said["LLM whole"] == (1e-3, "all")
 
 
 def test_wrong_tables_are_refused(tmp_path) -> None:

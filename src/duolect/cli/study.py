@@ -53,7 +53,9 @@ def study(
     if experiment.llm is None:
         raise ValueError(f"recipe {recipe} has no speech LLM: the tables are of one, such as --recipe speech_llm")
     world = join("replicate", device)
-    found = measured(Study(table, experiment, test, decodings or DECODINGS, limit), out, world=world)
+    # A row is what it changes of the model; how it learns is the user's to say.
+    fixed = [field for field in pairs(set, such_as="training.seconds=600") if field.startswith("training.")]
+    found = measured(Study(table, experiment, test, decodings or DECODINGS, limit, fixed), out, world=world)
     if world.first:
         write_tables(found, out, device=str(world.device))
     world.leave()

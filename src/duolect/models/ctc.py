@@ -398,7 +398,7 @@ def load_acoustic_model(name: str | Path) -> AcousticModel:
         if not head.isdecimal():
             raise ModelError(f"{name}#{head}: expected the number of a layer behind #, such as {name}#4, or llm")
         return CtcModel.load(place, head=int(head))
-    if kind_of(place) in OURS:
+    if Path(place).is_dir() and read_config(Path(place)).get("type") in OURS:
         return CtcModel.load(place)
     return HuggingFaceCtc.load(str(place))
 

@@ -264,7 +264,7 @@ class SpeechLlm(FolderModel, AttentionModel):
     @torch.no_grad()
     def scorer(self, audios: Sequence[np.ndarray], heard: CtcOutput | None = None) -> SpeechLlmScorer:
         encoded = encoded_whole(self.ctc.encoder, audios, max_seconds=self.max_seconds, heard=heard)
-        if heard is None:
+        if heard is None or heard.frames is None:
             heads = self.ctc.of_encoded(encoded)
             encoded, heard = heads.encoded, heads.main
         else:

@@ -356,6 +356,9 @@ class Internal(Attention):
 
     scale: float = -0.2
 
+    def shares_encoder(self, models: Models, acoustic: str) -> bool:
+        return False
+
     def native(self, batch: Batch) -> Scorer[Any]:
         aed = batch.models.attention(self.model)
         return batch.shared(f"internal {self.model}", lambda: aed.internal(len(batch.audios)))

@@ -62,10 +62,11 @@ class Models:
 
     def _ctc(self, place: str) -> CtcModel:
         """The CTC part of a model folder of ours, one for all models that have the same."""
-        source = ctc_source(place)
+        source = ctc_source(place).resolve()
         if source not in self._parts:
-            self._parts[source] = CtcModel.load(place)
-            self._parts[source].place(self.device)
+            model = CtcModel.load(place)
+            model.place(self.device)
+            self._parts[source] = model
         return self._parts[source]
 
     def language(self, name: str, *, prompt: str = "", over: Vocabulary | None = None, oov: float = 0.0) -> Any:

@@ -39,8 +39,8 @@ LETTER_SECONDS = 0.06
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a recording with its CTC log-probs [T, V] and, where decoders want them, frames [T, D]; seconds from the begin of the
-    recording."""
+    """A stretch of a recording with its CTC log-probs [T, V] and, where decoders want them, frames [T, D] if it is all of the recording;
+    seconds from the begin of the recording."""
 
     owner: int
     start: float
@@ -152,10 +152,12 @@ class Recognizer:
         output = model.log_probs_of([audio for _, audio in loaded], frames=bool(sharing))
         encoding = (time.perf_counter() - begin) / max(sum(len(audio) for _, audio in loaded), 1)  # per sample
         found: dict[str, dict[int, list[tuple[float, Found]]]] = {name: defaultdict(list) for name in self.decodings}
+        shared: set[int] = set()  # utterances whose frames the decoders read
         segments = [s for i, (_, audio) in enumerate(loaded) for s in _segments(i, audio, output, model)]
         for indices in batches_by_seconds([s.seconds for s in segments], batch_seconds=self.batch_seconds):
             for part in self._fitting([segments[i] for i in indices]):
                 batch = self._prepared(part, model)
+                shared |= {s.owner for s in part if batch.output.frames is not None}
                 for name, decoding in self.decodings.items():
                     for segment, result in zip(part, self._search(decoding, batch, part, model), strict=True):
                         found[name][segment.owner].append((segment.start, result))
@@ -164,7 +166,9 @@ class Recognizer:
             fields = {**{k: v for k, v in utterance.fields.items() if v is not None}, "duration": round(len(audio) / SAMPLE_RATE, 3)}
             results.append(
                 {
-                    name: self._joined(fields, found[name][i], encoding * len(audio) * (decoding.hears_ctc or name in sharing))
+                    name: self._joined(
+                        fields, found[name][i], encoding * len(audio) * (decoding.hears_ctc or (name in sharing and i in shared))
+                    )
                     for name, decoding in self.decodings.items()
                 }
             )
@@ -194,7 +198,8 @@ class Recognizer:
         lengths = torch.tensor([len(s.log_probs) for s in segments])
         padded = torch.nn.utils.rnn.pad_sequence([s.log_probs for s in segments], batch_first=True)
         frames = [s.frames for s in segments if s.frames is not None]
-        output = CtcOutput(padded, lengths, torch.nn.utils.rnn.pad_sequence(frames, batch_first=True) if frames else None)
+        every = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True) if len(frames) == len(segments) else None
+        output = CtcOutput(padded, lengths, every)
         return Batch([s.audio for s in segments], output, model.vocabulary, self.acoustic, self.models, model.seconds_per_frame)
 
     def _search(self, decoding: Decoding, batch: Batch, segments: Sequence[Segment], model: AcousticModel) -> list[Found]:
@@ -259,24 +264,16 @@ def _heard(utterance: Utterance) -> tuple[Utterance, np.ndarray]:
 
 
 def _segments(owner: int, audio: np.ndarray, output: CtcOutput, model: AcousticModel) -> list[Segment]:
-    """A recording, row `owner` of an output, cut at pauses where it is long."""
+    """A recording, row `owner` of an output, cut at pauses where it is long: decoders then hear each part anew, as they have learned to."""
     assert model.vocabulary.blank is not None
-    log_probs, frames = (None if x is None else x[owner, : int(output.lengths[owner])] for x in (output.log_probs, output.frames))
-    assert log_probs is not None
-    longest = int(SEGMENT_SECONDS / model.seconds_per_frame)
-    samples = model.seconds_per_frame * SAMPLE_RATE
+    length, step = int(output.lengths[owner]), model.seconds_per_frame
+    log_probs = output.log_probs[owner, :length]
+    parts = list(pauses(log_probs[:, model.vocabulary.blank], longest=int(SEGMENT_SECONDS / step)))
+    frames = output.frames[owner, :length] if output.frames is not None and len(parts) == 1 else None
     out = []
-    for start, end in pauses(log_probs[:, model.vocabulary.blank], longest=longest):
-        last = len(audio) if end == len(log_probs) else round(end * samples)
-        out.append(
-            Segment(
-                owner,
-                start * model.seconds_per_frame,
-                audio[round(start * samples) : last],
-                log_probs[start:end],
-                frames[start:end] if frames is not None else None,
-            )
-        )
+    for start, end in parts:
+        last = len(audio) if end == length else round(end * step * SAMPLE_RATE)
+        out.append(Segment(owner, start * step, audio[round(start * step * SAMPLE_RATE) : last], log_probs[start:end], frames))
     return out
 
 

@@ -39,13 +39,12 @@ class ContextScorer(Scorer[Tensor]):
         if not weights:
             raise SearchError("there is no phrase with a letter in it: give --context a file of one phrase a line, or phrases")
         self.vocabulary = vocabulary
-        self.reward = max(0.0, *(weight * sum(c != " " for c in key) for key, weight in weights.items()))
         written = [plain(text) for text in vocabulary.label_texts]
         letters = {c: i for i, c in enumerate(sorted({c for key in weights for c in key} - {" "}), start=OTHER + 1)} | {" ": SPACE}
         texts = [torch.tensor([letters.get(c, OTHER) for c in text], dtype=torch.long) for text in written]
         self.letters = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=NOTHING)  # [V, letters]
         self.unwritable = sorted(key.strip() for key in weights if set(key) - {" "} - {c for text in written for c in text})
-        self.next, self.gain, self.end = _automaton(weights, letters)
+        self.next, self.gain, self.end, self.reward = _automaton(weights, letters)
         sizes = (self.letters != NOTHING).sum(1)
         self._longest_first = sizes.argsort(descending=True)
         self._writing = [int((sizes > i).sum()) for i in range(self.letters.shape[1])]
@@ -71,8 +70,8 @@ class ContextScorer(Scorer[Tensor]):
                 at[:, :count] = self.next[here, letter]
             gained[:, self._longest_first] = gained.clone()
             gained[:, self.vocabulary.eos] = self.end[new]
-            known.update(zip(new, gained, strict=True))
-        found = torch.stack([known[node] for node in nodes])
+            known.update(zip(new, gained.unbind(), strict=True))
+        found = torch.stack([known[node] for node in nodes]) if nodes else torch.zeros(0, self.vocabulary.size)
         for node in list(known)[: max(0, len(known) - KEPT)]:
             del known[node]
         return found
@@ -97,8 +96,9 @@ class ContextScorer(Scorer[Tensor]):
         return gained, node
 
 
-def _automaton(weights: Mapping[str, float], letters: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(next node [N, letters], what that step gains [N, letters], what the end of the text gains [N]); node 0 has seen nothing."""
+def _automaton(weights: Mapping[str, float], letters: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(next node [N, letters], what that step gains [N, letters], what the end of the text gains [N], the most that the phrases ending at
+    one place can win, with what is given back of others that were not said); node 0 has seen nothing."""
     children: list[dict[int, int]] = [{}]
     complete, hope, spaced = [0.0], [0.0], [False]
     for phrase, weight in weights.items():
@@ -133,4 +133,4 @@ def _automaton(weights: Mapping[str, float], letters: Mapping[str, int]) -> tupl
     stays[:, SPACE] = torch.tensor(spaced)  # spaces in a row are one
     after = torch.where(stays, torch.arange(nodes)[:, None], after)
     gain = torch.where(stays, 0.0, gain)
-    return after, gain, gain[:, SPACE] - lent[after[:, SPACE]]
+    return after, gain, gain[:, SPACE] - lent[after[:, SPACE]], float(whole.max().clamp(min=0) - lent.min().clamp(max=0))

@@ -18,6 +18,7 @@ from duolect.recognize.files import decode_to_files
 from duolect.recognize.models import Models
 from duolect.recognize.presets import PRESETS, Ingredients, decoding_of
 from duolect.recognize.recognizer import Recognizer
+from duolect.run import require_same_recipe
 from duolect.train.parallel import World
 
 Rows = Mapping[str, Mapping[str, str]]
@@ -52,9 +53,9 @@ TABLES: Mapping[str, Rows] = {
     },
     "prompts": {
         "none": {"llm.dims.before": "", "llm.dims.after": ""},
+        "both": {"llm.dims.before": "USER: ", "llm.dims.after": _REQUEST},
         "before": {"llm.dims.before": "USER: ", "llm.dims.after": ""},
         "after": {"llm.dims.before": "", "llm.dims.after": _REQUEST},
-        "both": {"llm.dims.before": "USER: ", "llm.dims.after": _REQUEST},
         "the recipe's": {},
     },
     "initial": {
@@ -64,8 +65,8 @@ TABLES: Mapping[str, Rows] = {
     },
     "units": {
         "the LLM's own": {},
-        "the CTC model's, from the pieces' embeddings": {"llm.dims.units": "ctc"},
-        "the CTC model's, random": {"llm.dims.units": "ctc", "llm.dims.initial": "random"},
+        "the CTC model's, from the pieces' embeddings": {"llm.dims.units": "ctc", "llm.dims.begin": ""},
+        "the CTC model's, random": {"llm.dims.units": "ctc", "llm.dims.begin": "", "llm.dims.initial": "random"},
     },
 }
 """What is compared, by the table's name: the title of each row and the fields it sets."""
@@ -75,23 +76,27 @@ DECODINGS = ("sllm-greedy", "sllm", "sllm+ctc-label")
 
 @dataclass(frozen=True)
 class Study:
-    """A table of TABLES on an experiment with a speech LLM. test: what is recognized; decodings: by which presets; limit: utterances."""
+    """A table of TABLES on an experiment with a speech LLM. test: what is recognized; decodings: by which presets; limit: utterances;
+    fixed: fields of the experiment that no row changes."""
 
     table: str
     experiment: AsrExperiment
     test: str
     decodings: Sequence[str] = DECODINGS
     limit: int | None = None
+    fixed: Sequence[str] = ()
 
     def experiments(self) -> dict[str, AsrExperiment]:
         """The experiment of each row."""
-        return {title: with_overrides(self.experiment, changes) for title, changes in TABLES[self.table].items()}
+        rows = {title: {k: v for k, v in row.items() if k not in self.fixed} for title, row in TABLES[self.table].items()}
+        return {title: with_overrides(self.experiment, changes) for title, changes in rows.items()}
 
 
 def measured(study: Study, out: Path, *, world: World, progress: bool = True) -> tuple[Row, ...]:
     """The rows of a study: each experiment trained in out/<number>, its decodings of the test set, and CTC alone as the first row.
 
-    What is there already is not made again. Frames of an encoder that rests in all rows are computed once. Raises what training raises.
+    What is there already is not made again; RunError if a row was trained on another experiment. Frames of an encoder that rests in all
+    rows are computed once. Raises what training raises.
     """
     frames: dict[Any, Any] = {}
     source = open_source(study.test)
@@ -102,7 +107,9 @@ def measured(study: Study, out: Path, *, world: World, progress: bool = True) ->
     for number, (title, experiment) in enumerate(study.experiments().items()):
         folder = out / f"{number}-{''.join(c if c.isalnum() else '-' for c in title)}"
         print(f"== {study.table}: {title} ({folder})", file=sys.stderr, flush=True)
-        if not (folder / "result.json").is_file():
+        if (folder / "result.json").is_file():
+            require_same_recipe(folder, experiment)
+        else:
             run(experiment, folder, world=world, frames=frames)
         model = str(folder / "model")
         names = ("ctc-greedy", *study.decodings) if not scores else study.decodings
