@@ -69,12 +69,11 @@ def _later(x: Tensor, frames: int) -> Tensor:
 def _pieces(vocabulary: Vocabulary, texts: Sequence[str]) -> Tensor:
     """[K, 2 PLACES] labels of each text from the first on, as a word and then as the inside of one; blank where there are none."""
     assert vocabulary.blank is not None
-    numbers = {word: i for i, word in enumerate(dict.fromkeys(text.strip() for text in texts))}  # most come with and without a space
-    table = torch.full((len(numbers), 2, PLACES), vocabulary.blank)
-    for word, row in numbers.items():
-        for column, labels in enumerate((vocabulary.encode(word), within(vocabulary, word))):
-            table[row, column, : len(labels)] = torch.tensor(labels[:PLACES], dtype=torch.long)
-    return table.flatten(1)[[numbers[text.strip()] for text in texts]]
+    rows: dict[str, list[int]] = {}
+    for word in dict.fromkeys(text.strip() for text in texts):  # most come with and without a space
+        places = ([*x[:PLACES], *[vocabulary.blank] * (PLACES - len(x))] for x in (vocabulary.encode(word), within(vocabulary, word)))
+        rows[word] = [label for place in places for label in place]
+    return torch.tensor([rows[text.strip()] for text in texts])
 
 
 def within(vocabulary: Vocabulary, text: str) -> list[int]:
