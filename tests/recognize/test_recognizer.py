@@ -278,6 +278,26 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_audio_that_was_replaced_is_recognized_anew(zoo, models, tmp_path, monkeypatch, finished):
+    shutil.copytree(zoo["corpus"], tmp_path / "corpus")
+    recognizer, out = Recognizer(models, str(zoo["am"]), {"it": Greedy()}), tmp_path / "out.jsonl"
+    utterances = open_source(tmp_path / "corpus").utterances
+    before = decode_to_files(recognizer, utterances, {"it": out}, progress=False)["it"]
+    if not finished:
+        out.rename(f"{out}.part")
+        Path(f"{out}.json").rename(f"{out}.part.json")
+    shutil.copy(utterances[0].audio, utterances[3].audio)
+    later = time.time() + 60
+    os.utime(utterances[3].audio, (later, later))
+    asked, plainly = [], Recognizer.recognize
+    monkeypatch.setattr(Recognizer, "recognize", lambda self, us, **more: [asked.extend(us), plainly(self, us, **more)][1])
+    after = decode_to_files(recognizer, utterances, {"it": out}, progress=False)["it"]
+    assert [u.id for u in asked] == [utterances[3].id]
+    assert [r.id for r in after] == [u.id for u in utterances]
+    assert after[3].text == before[0].text and after[:3] + after[4:] == before[:3] + before[4:]
+
+
 def dying_after(count: int, monkeypatch) -> None:
     """From now on, recognition is killed when it has given so many utterances."""
     original = Recognizer.recognize

@@ -158,14 +158,17 @@ def _header(part: Path) -> Any:
 
 
 def _done(growing: Growing, utterances: Sequence[Utterance], overwrite: bool) -> dict[str, Recognized]:
-    """The lines there are of these utterances, by id; what failed is tried again."""
+    """The lines there are of these utterances, by id; what failed, or has newer audio, is tried again."""
     fields = {u.id: {k: v for k, v in u.fields.items() if v is not None and k != "duration"} for u in utterances}
     lines = growing.there
     if growing.found == growing.out and not overwrite and (lost := [r.id for r in lines if r.id not in fields]):
         raise ResumeError(
             f"{growing.out}: is finished and has {len(lost)} utterances that are not asked for now, such as {lost[0]}: {ELSEWHERE}"
         )
-    return {r.id: r for r in lines if r.error is None and r.id in fields and fields[r.id].items() <= r.fields.items()}
+    known = {r.id: r for r in lines if r.error is None and r.id in fields and fields[r.id].items() <= r.fields.items()}
+    since = growing.found.stat().st_mtime_ns if growing.found else 0
+    newer = {audio for audio in {u.audio for u in utterances} if known and audio.is_file() and audio.stat().st_mtime_ns > since}
+    return known if not newer else {id: known[id] for id in (u.id for u in utterances if u.audio not in newer) if id in known}
 
 
 @dataclass(frozen=True)
