@@ -278,24 +278,17 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_audio_that_was_replaced_is_recognized_anew(zoo, models, tmp_path, monkeypatch, finished):
+def test_audio_that_was_replaced_is_said(zoo, models, tmp_path):
     shutil.copytree(zoo["corpus"], tmp_path / "corpus")
-    recognizer, out = Recognizer(models, str(zoo["am"]), {"it": Greedy()}), tmp_path / "out.jsonl"
-    utterances = open_source(tmp_path / "corpus").utterances
-    before = decode_to_files(recognizer, utterances, {"it": out}, progress=False)["it"]
-    if not finished:
-        out.rename(f"{out}.part")
-        Path(f"{out}.json").rename(f"{out}.part.json")
-    shutil.copy(utterances[0].audio, utterances[3].audio)
-    later = time.time() + 60
-    os.utime(utterances[3].audio, (later, later))
-    asked, plainly = [], Recognizer.recognize
-    monkeypatch.setattr(Recognizer, "recognize", lambda self, us, **more: [asked.extend(us), plainly(self, us, **more)][1])
-    after = decode_to_files(recognizer, utterances, {"it": out}, progress=False)["it"]
-    assert [u.id for u in asked] == [utterances[3].id]
-    assert [r.id for r in after] == [u.id for u in utterances]
-    assert after[3].text == before[0].text and after[:3] + after[4:] == before[:3] + before[4:]
+    utterances, said = open_source(tmp_path / "corpus").utterances, list[str]()
+    recognizer = Recognizer(models, str(zoo["am"]), {"it": Greedy()})
+    before = decode_to_files(recognizer, utterances, {"it": tmp_path / "out.jsonl"}, progress=False)
+    models.say = said.append
+    assert decode_to_files(recognizer, utterances, {"it": tmp_path / "out.jsonl"}, progress=False) == before
+    assert not any("newer" in text for text in said)
+    os.utime(utterances[3].audio, (time.time() + 60,) * 2)
+    assert decode_to_files(recognizer, utterances, {"it": tmp_path / "out.jsonl"}, progress=False) == before, "staged data is newer, too"
+    assert said[-1].startswith("warning: 1 audio files are newer than ") and "--overwrite" in said[-1]
 
 
 def dying_after(count: int, monkeypatch) -> None:

@@ -110,6 +110,13 @@ def decode_to_files(
             say(f"continuing {first.found}: {finished} of {len(utterances)} utterances are done{by}")
         else:
             say(f"{', '.join(map(str, outs.values()))}: finished already{by}: nothing to recognize")
+        # Not made again for that: data that a cluster stages for every job is always newer.
+        since, done = (
+            first.found.stat().st_mtime_ns if first.found else 0,
+            {u.audio for u in utterances if all(u.id in k for k in known.values())},
+        )
+        if newer := sum(audio.is_file() and audio.stat().st_mtime_ns > since for audio in done):
+            say(f"warning: {newer} audio files are newer than {first.found}: --overwrite, if they were replaced")
     with ExitStack() as stack:
         ids = [u.id for u in utterances]
         made = [name for name, g in growing.items() if g.found != g.out or not list(known[name]) == [r.id for r in g.there] == ids]
@@ -158,17 +165,14 @@ def _header(part: Path) -> Any:
 
 
 def _done(growing: Growing, utterances: Sequence[Utterance], overwrite: bool) -> dict[str, Recognized]:
-    """The lines there are of these utterances, by id; what failed, or has newer audio, is tried again."""
+    """The lines there are of these utterances, by id; what failed is tried again."""
     fields = {u.id: {k: v for k, v in u.fields.items() if v is not None and k != "duration"} for u in utterances}
     lines = growing.there
     if growing.found == growing.out and not overwrite and (lost := [r.id for r in lines if r.id not in fields]):
         raise ResumeError(
             f"{growing.out}: is finished and has {len(lost)} utterances that are not asked for now, such as {lost[0]}: {ELSEWHERE}"
         )
-    known = {r.id: r for r in lines if r.error is None and r.id in fields and fields[r.id].items() <= r.fields.items()}
-    since = growing.found.stat().st_mtime_ns if growing.found else 0
-    newer = {audio for audio in {u.audio for u in utterances} if known and audio.is_file() and audio.stat().st_mtime_ns > since}
-    return known if not newer else {id: known[id] for id in (u.id for u in utterances if u.audio not in newer) if id in known}
+    return {r.id: r for r in lines if r.error is None and r.id in fields and fields[r.id].items() <= r.fields.items()}
 
 
 @dataclass(frozen=True)
