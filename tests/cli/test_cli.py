@@ -528,9 +528,10 @@ def test_context_phrases_are_rewarded_in_any_search(duolect, zoo, with_models, t
     assert code == 0 and "--context does nothing" not in err
     code, _, err = duolect(*data, "--out", tmp_path / "c.jsonl", "--context", "Krige")
     assert code == 0 and "never writes some letters of these phrases: krige" in err
-    (tmp_path / "words.txt").write_text("abba\tmuch\n")
-    code, _, err = duolect(*data, "--out", tmp_path / "d.jsonl", "--context", tmp_path / "words.txt")
-    assert code == 2 and "words.txt:1: 'much' is no weight" in err
+    for weight in ("much", "nan", "inf"):
+        (tmp_path / "words.txt").write_text(f"abba\t{weight}\n")
+        code, _, err = duolect(*data, "--out", tmp_path / "d.jsonl", "--context", tmp_path / "words.txt")
+        assert code == 2 and f"words.txt:1: {weight!r} is no weight" in err
 
 
 def test_explain_knows_what_made_the_file(duolect, zoo, with_models, tmp_path, monkeypatch):

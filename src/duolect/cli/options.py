@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -177,6 +178,8 @@ def _phrases(named: Sequence[str]) -> dict[str, float]:
             phrase, _, weight = line.partition("\t")
             try:
                 found |= {phrase: float(weight or 1.0)} if phrase.strip() else {}
+                if not math.isfinite(float(weight or 1.0)):
+                    raise ValueError
             except ValueError:
                 raise ValueError(f"{name}:{number}: {weight!r} is no weight: expected phrase, tab, number") from None
     if named and not found:

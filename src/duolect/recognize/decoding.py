@@ -381,7 +381,9 @@ class Context(Term):
 
     def load(self, models: Models, acoustic: str) -> None:
         if never := _context(tuple(self.phrases.items()), models.acoustic(acoustic).vocabulary).unwritable:
-            models.say(f"warning: {acoustic} never writes some letters of these phrases: {', '.join(never)}")
+            models.say_once(
+                f"letters {acoustic} {never}", f"warning: {acoustic} never writes some letters of these phrases: {', '.join(never)}"
+            )
 
     def native(self, batch: Batch) -> Scorer[Any]:
         return self.fused(batch, batch.vocabulary).scorer

@@ -116,7 +116,7 @@ def decode_to_files(
             {u.audio for u in utterances if all(u.id in k for k in known.values())},
         )
         if newer := sum(audio.is_file() and audio.stat().st_mtime_ns > since for audio in done):
-            say(f"warning: {newer} audio files are newer than {first.found}: --overwrite, if they were replaced")
+            say(f"warning: {newer} of the audio files changed after {first.found}: --overwrite, if it is other audio")
     with ExitStack() as stack:
         ids = [u.id for u in utterances]
         made = [name for name, g in growing.items() if g.found != g.out or not list(known[name]) == [r.id for r in g.there] == ids]

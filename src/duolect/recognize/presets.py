@@ -183,7 +183,7 @@ def decoding_of(name_or_file: str, ingredients: Ingredients, overrides: Mapping[
         kinds = ", ".join(kind.__name__ for kind in (Greedy, TimeSynchronous, LabelSynchronous, Speculative))
         raise ConfigError(f"{name_or_file}: {type(decoding).__name__} is no decoding: expected one of {kinds}")
     if ingredients.context and isinstance(decoding, TimeSynchronous | LabelSynchronous | Speculative):
-        words = tuple(ingredients.context)
+        words = tuple(phrase for phrase, weight in ingredients.context.items() if weight > 0)
         terms: dict[str, Term] = {
             name: replace(term, context=words) if isinstance(term, Attention) else term for name, term in decoding.terms.items()
         }

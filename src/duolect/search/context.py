@@ -26,9 +26,9 @@ def plain(text: str) -> str:
 class ContextScorer(Scorer[Tensor]):
     """The bonus of the phrases in a text: for each occurrence, in whole words, its weight (nats a letter) times its letters.
 
-    It is given letter by letter and taken back where a word goes on otherwise: a search is led through a phrase, and a finished text
-    has the sum over its occurrences exactly. An Aho-Corasick automaton over letters: any segmentation of a phrase into labels counts, and
-    a state [R] is a node. Letters that a label writes only in part (bytes) are in no phrase.
+    It is given letter by letter (a cost only when the phrase is whole) and taken back where a word goes on otherwise: a search is led
+    through a phrase, and a finished text has the sum over its occurrences exactly. An Aho-Corasick automaton over letters: any segmentation
+    of a phrase into labels counts, and a state [R] is a node. Letters that a label writes only in part (bytes) are in no phrase.
     """
 
     def __init__(self, phrases: Mapping[str, float], vocabulary: Vocabulary) -> None:
@@ -98,7 +98,7 @@ class ContextScorer(Scorer[Tensor]):
 
 def _automaton(weights: Mapping[str, float], letters: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor, float]:
     """(next node [N, letters], what that step gains [N, letters], what the end of the text gains [N], the most that the phrases ending at
-    one place can win, with what is given back of others that were not said); node 0 has seen nothing."""
+    one place can win); node 0 has seen nothing."""
     children: list[dict[int, int]] = [{}]
     complete, hope, spaced = [0.0], [0.0], [False]
     for phrase, weight in weights.items():
@@ -112,7 +112,7 @@ def _automaton(weights: Mapping[str, float], letters: Mapping[str, int]) -> tupl
                 spaced.append(c == " ")
             node, seen = children[node][letter], seen + (c != " ")
             if place < len(phrase) - 1:
-                hope[node] = max(hope[node], weight * seen, key=abs)  # what is lent until the phrase is whole
+                hope[node] = max(hope[node], weight * seen)  # lent until the phrase is whole; what is unwanted costs nothing before it is
         complete[node] += weight * seen
     nodes, fail = len(children), [0] * len(children)
     after = torch.zeros(nodes, max(letters.values()) + 1, dtype=torch.long)
@@ -133,4 +133,4 @@ def _automaton(weights: Mapping[str, float], letters: Mapping[str, int]) -> tupl
     stays[:, SPACE] = torch.tensor(spaced)  # spaces in a row are one
     after = torch.where(stays, torch.arange(nodes)[:, None], after)
     gain = torch.where(stays, 0.0, gain)
-    return after, gain, gain[:, SPACE] - lent[after[:, SPACE]], float(whole.max().clamp(min=0) - lent.min().clamp(max=0))
+    return after, gain, gain[:, SPACE] - lent[after[:, SPACE]], float(whole.max().clamp(min=0))
