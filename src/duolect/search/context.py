@@ -70,7 +70,7 @@ class ContextScorer(Scorer[Tensor]):
                 at[:, :count] = self.next[here, letter]
             gained[:, self._longest_first] = gained.clone()
             gained[:, self.vocabulary.eos] = self.end[new]
-            known.update(zip(new, gained.unbind(), strict=True))
+            known.update((node, row.clone()) for node, row in zip(new, gained, strict=True))  # views would keep all rows
         found = torch.stack([known[node] for node in nodes]) if nodes else torch.zeros(0, self.vocabulary.size)
         for node in list(known)[: max(0, len(known) - KEPT)]:
             del known[node]
